@@ -1,0 +1,106 @@
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <span>
+#include <tuple>
+#include <vector>
+
+#include <poll.h>
+
+#include "rts/batch_assembler.hpp"
+#include "rts/block_pool.hpp"
+#include "rts/channel.hpp"
+#include "rts/clock.hpp"
+#include "rts/priority_queue.hpp"
+#include "rts/publisher.hpp"
+#include "rts/sampler.hpp"
+#include "rts/scheduler.hpp"
+#include "rts/sequence.hpp"
+#include "rts/vocabulary.hpp"
+
+namespace rts {
+
+struct EngineConfig {
+  SchedulerConfig scheduler;
+  std::uint32_t max_queue = 1024;
+  std::int64_t ageing_ns = 5'000'000'000;
+};
+
+// What a step's assembled batch measures.
+struct StepShape {
+  std::uint32_t tokens = 0;
+  std::uint32_t sequences = 0;
+  std::uint32_t samples = 0;
+};
+
+// A worker's engine but for the model: drains the channels' lanes, schedules, assembles, commits and publishes. One
+// step is schedule() → the model → commit(). It belongs to the worker's thread; only wake() may be called from others.
+class EngineCore {
+ public:
+  EngineCore(const EngineConfig& config, std::shared_ptr<const Vocabulary> vocabulary, const Clock& clock);
+  ~EngineCore();
+
+  // Caller-owned memory for the assembled batch, and for what is sampled: max_sequences tokens and log-probabilities.
+  void bind_buffers(const StepBuffers& buffers, std::int32_t* sampled, float* logprobs);
+
+  void attach(std::shared_ptr<Channel> channel);
+  // Ends the channel's streams as cancelled and forgets it.
+  void detach(const Channel& channel);
+
+  // Takes in what the front ends sent and assembles the next step. Nothing: there is nothing to do.
+  std::optional<StepShape> schedule();
+  // Samples each wanted position from its row of logits, [samples × vocabulary], into the bound buffers.
+  void sample(std::span<const float> logits);
+  // Takes over the sampled tokens and publishes them; a token of -1 ends its sequence with kInvalidLogits.
+  void commit();
+  // The model failed in this step: its sequences end with kModelFailed, the others go on.
+  void abort();
+
+  // Sleeps until a front end, or wake(), has something new.
+  void wait();
+  // Any thread. Not lock-free: a system call.
+  void wake() const;
+  // Ends every sequence as cancelled.
+  void close();
+
+ private:
+  struct Attached;
+  using Waiting = std::tuple<Ticket, Sequence*, std::uint64_t*>;
+
+  void take_in();
+  std::optional<Waiting> parse(Attached& from, std::span<const std::byte> record);
+  bool parse_body(const SubmitHeader& header, std::span<const std::byte> body, Sequence& sequence) const;
+  void apply_flags(Attached& channel);
+  void resume_stalled();
+  void publish(Sequence& sequence, float logprob, std::int64_t now_ns);
+  void stall(Sequence& sequence, std::int64_t now_ns);
+  void finish(Sequence& sequence, FinishReason reason, StreamError error = StreamError::kNone);
+  void end_stream(Sequence& sequence);
+  void collect_released();
+  void ring_front_ends();
+  bool has_news() const;
+  Sequence* new_sequence();
+
+  const Clock& clock_;
+  std::shared_ptr<const Vocabulary> vocabulary_;
+  PriorityQueue<Sequence*> waiting_;
+  BlockPool blocks_;
+  Scheduler scheduler_;
+  BatchAssembler assembler_;
+  Publisher publisher_;
+  Sampler sampler_;
+  FileDescriptor wake_fd_;
+  std::vector<std::unique_ptr<Attached>> channels_;
+  std::vector<std::unique_ptr<Sequence>> sequences_;
+  std::vector<Sequence*> free_sequences_;
+  std::vector<Sequence*> stalled_;
+  std::vector<pollfd> poll_fds_;
+  Plan* plan_ = nullptr;
+  std::int32_t* sampled_ = nullptr;
+  float* logprobs_ = nullptr;
+  const std::uint32_t max_context_;
+};
+
+}  // namespace rts

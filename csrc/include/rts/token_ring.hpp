@@ -1,0 +1,71 @@
+#pragma once
+
+#include <cstring>
+#include <span>
+#include <string_view>
+
+#include "rts/request.hpp"
+#include "rts/spsc_ring.hpp"
+
+// Token records in a stream's ring: one for each token, then the last record, which says how the stream ended.
+namespace rts {
+
+// A plan may be in flight while the ring fills: its token may still be committed after the one that filled it.
+inline constexpr std::uint32_t kTokensInFlight = 2;
+// The longest token's text, what a stop string or an incomplete character held back before it, and the header.
+inline constexpr std::uint32_t kMaxTokenRecordBytes =
+    static_cast<std::uint32_t>(sizeof(TokenHeader) + kMaxTokenBytes + kMaxStopBytes + 16);
+
+// A token record's parts. Its sizes come from another process: `valid` says whether they fit the record.
+struct TokenRecord {
+  explicit TokenRecord(std::span<const std::byte> record) {
+    if (record.size() < sizeof(TokenHeader)) return;
+    std::memcpy(&header, record.data(), sizeof(TokenHeader));
+    const std::size_t text_end = sizeof(TokenHeader) + header.text_bytes;
+    if (record.size() < text_end + header.extension_bytes) return;
+    text = {reinterpret_cast<const char*>(record.data()) + sizeof(TokenHeader), header.text_bytes};
+    extension = record.subspan(text_end, header.extension_bytes);
+    valid = true;
+  }
+  bool is_last() const { return (header.flags & TokenHeader::kEnd) != 0; }
+  EndExtension end() const {
+    EndExtension end;
+    if (extension.size() >= sizeof end) std::memcpy(&end, extension.data(), sizeof end);
+    return end;
+  }
+
+  TokenHeader header;
+  std::string_view text;
+  std::span<const std::byte> extension;
+  bool valid = false;
+};
+
+// The producer's side of a stream's ring.
+class TokenWriter {
+ public:
+  // Beyond the tokens that a stream may be ahead by: those of the steps in flight, and the last record.
+  static constexpr std::uint32_t kReservedRecords = kTokensInFlight + 1;
+
+  explicit TokenWriter(const SpscRing<>& ring) : ring_(ring.producer()) {}
+
+  // Whether the ring can take the tokens of the steps in flight, however long their text, and the last record.
+  bool has_room() noexcept { return ring_.can_claim(kReservedRecords, kReservedRecords * kMaxTokenRecordBytes); }
+  // False: the ring is full. The header's sizes are set here.
+  bool write_token(TokenHeader header, std::string_view text) { return write(header, text, {}); }
+  // Room for it is left by whoever asks has_room() before each token.
+  bool write_last(TokenHeader header, const EndExtension& end) {
+    header.flags |= TokenHeader::kEnd;
+    return write(header, {}, std::as_bytes(std::span(&end, 1)));
+  }
+
+ private:
+  bool write(TokenHeader& header, std::string_view text, std::span<const std::byte> extension) {
+    header.text_bytes = static_cast<std::uint16_t>(text.size());
+    header.extension_bytes = static_cast<std::uint16_t>(extension.size());
+    return ring_.push(std::span(&header, 1), text, extension);
+  }
+
+  SpscRing<>::Producer ring_;
+};
+
+}  // namespace rts

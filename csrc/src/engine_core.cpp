@@ -1,0 +1,350 @@
+#include "rts/engine_core.hpp"
+
+#include <poll.h>
+#include <sys/eventfd.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+#include <system_error>
+
+namespace rts {
+
+// A channel as its worker sees it.
+struct EngineCore::Attached {
+  explicit Attached(std::shared_ptr<Channel> attached, std::uint32_t channel_index)
+      : channel(std::move(attached)), index(channel_index), sequences(channel->config().slots) {
+    writers.reserve(sequences.size());
+    for (std::uint32_t slot = 0; slot < sequences.size(); ++slot) writers.push_back(channel->token_writer(slot));
+  }
+
+  std::shared_ptr<Channel> channel;
+  std::uint32_t index;
+  std::vector<TokenWriter> writers;
+  std::vector<Sequence*> sequences;  // by slot; null where none is running or waiting
+  std::uint32_t control_epoch = 0;   // the last one whose flags were applied
+  bool published = false;            // since its front end was last rung
+};
+
+EngineCore::EngineCore(const EngineConfig& config, std::shared_ptr<const Vocabulary> vocabulary, const Clock& clock)
+    : clock_(clock),
+      vocabulary_(vocabulary),
+      waiting_(config.max_queue + config.scheduler.max_sequences, config.ageing_ns),
+      blocks_(config.scheduler.num_blocks),
+      scheduler_(config.scheduler, blocks_, waiting_.heap()),
+      assembler_(config.scheduler),
+      publisher_(vocabulary),
+      sampler_(static_cast<std::uint32_t>(vocabulary->size())),
+      wake_fd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      max_context_(config.scheduler.max_context) {
+  if (wake_fd_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
+}
+
+EngineCore::~EngineCore() = default;
+
+void EngineCore::bind_buffers(const StepBuffers& buffers, std::int32_t* sampled, float* logprobs) {
+  assembler_.bind(buffers);
+  sampled_ = sampled;
+  logprobs_ = logprobs;
+}
+
+void EngineCore::attach(std::shared_ptr<Channel> channel) {
+  const auto hole = std::find(channels_.begin(), channels_.end(), nullptr);
+  const auto index = static_cast<std::uint32_t>(hole - channels_.begin());
+  if (hole == channels_.end()) channels_.emplace_back();
+  channels_[index] = std::make_unique<Attached>(std::move(channel), index);
+  waiting_.attach(channels_[index]->channel->lanes());
+}
+
+void EngineCore::detach(const Channel& channel) {
+  for (std::unique_ptr<Attached>& attached : channels_) {
+    if (!attached || attached->channel.get() != &channel) continue;
+    for (Sequence* sequence : attached->sequences) {
+      if (sequence != nullptr) finish(*sequence, FinishReason::kCancelled);
+    }
+    collect_released();
+    ring_front_ends();
+    waiting_.detach(attached->channel->lanes());
+    attached.reset();
+  }
+}
+
+std::optional<StepShape> EngineCore::schedule() {
+  take_in();
+  plan_ = scheduler_.schedule(clock_.now_ns());
+  ring_front_ends();  // take_in may have ended cancelled streams
+  if (plan_ == nullptr) return std::nullopt;
+  assembler_.assemble(*plan_);
+  return StepShape{plan_->tokens, static_cast<std::uint32_t>(plan_->rows.size()), plan_->samples};
+}
+
+void EngineCore::take_in() {
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (!attached) continue;
+    // Read before the lanes are drained: a flag that is seen belongs to a request that is seen too.
+    const std::uint32_t epoch = attached->channel->header().control_epoch.load(std::memory_order_acquire);
+    Attached& from = *attached;
+    waiting_.drain(from.channel->lanes(), [&](std::span<const std::byte> record) { return parse(from, record); });
+    if (epoch == from.control_epoch) continue;
+    from.control_epoch = epoch;
+    apply_flags(from);
+  }
+  resume_stalled();
+  collect_released();
+}
+
+std::optional<EngineCore::Waiting> EngineCore::parse(Attached& from, std::span<const std::byte> record) {
+  SubmitHeader header;
+  if (record.size() < sizeof header) return std::nullopt;
+  std::memcpy(&header, record.data(), sizeof header);
+  if (header.slot >= from.sequences.size() || from.sequences[header.slot] != nullptr) return std::nullopt;
+
+  Sequence& sequence = *new_sequence();
+  sequence.stream_id = header.stream_id;
+  sequence.group_id = header.group_id;
+  sequence.choice_index = header.choice_index;
+  sequence.channel = from.index;
+  sequence.slot = header.slot;
+  sequence.priority = header.priority;
+  sequence.sampling = header.sampling;
+  sequence.arrival_ns = header.arrival_ns;
+  sequence.deadline_ns = header.deadline_ns;
+  sequence.extra_key = header.extra_key;
+  sequence.prompt_tokens = header.prompt_tokens;
+  from.sequences[header.slot] = &sequence;
+  if (!parse_body(header, record.subspan(sizeof header), sequence)) {
+    finish(sequence, FinishReason::kError, StreamError::kInvalidRequest);
+    return std::nullopt;
+  }
+  return Waiting{Ticket{header.priority, header.arrival_ns, header.deadline_ns}, &sequence, &sequence.waiting_handle};
+}
+
+bool EngineCore::parse_body(const SubmitHeader& header, std::span<const std::byte> body, Sequence& sequence) const {
+  const std::uint64_t ids = std::uint64_t{header.prompt_tokens} + header.generated_tokens;
+  if (header.prompt_tokens == 0 || ids >= max_context_ || header.sampling.max_tokens < 1) return false;
+  if (static_cast<int>(header.priority) >= kPriorities) return false;
+  if (body.size() < ids * sizeof(std::int32_t) + header.tail_bytes) return false;
+  sequence.tokens.resize(ids);
+  std::memcpy(sequence.tokens.data(), body.data(), ids * sizeof(std::int32_t));
+  sequence.published = header.generated_tokens;
+  const auto vocabulary = static_cast<std::int64_t>(vocabulary_->size());
+  if (!std::all_of(sequence.tokens.begin(), sequence.tokens.end(), [=](auto id) { return id >= 0 && id < vocabulary; }))
+    return false;
+
+  std::vector<std::string> stops;
+  std::span<const std::byte> tail = body.subspan(ids * sizeof(std::int32_t), header.tail_bytes);
+  while (tail.size() >= sizeof(TailHeader)) {
+    TailHeader entry;
+    std::memcpy(&entry, tail.data(), sizeof entry);
+    tail = tail.subspan(sizeof entry);
+    const std::size_t padded = align_up(entry.bytes, 4);
+    if (padded > tail.size()) return false;
+    if (entry.type == TailHeader::kStopString) stops.emplace_back(reinterpret_cast<const char*>(tail.data()), entry.bytes);
+    tail = tail.subspan(padded);
+  }
+  const auto usable = [](const std::string& stop) { return !stop.empty() && stop.size() <= kMaxStopBytes; };
+  if (stops.size() > kMaxStopStrings || !std::all_of(stops.begin(), stops.end(), usable)) return false;
+  if (!stops.empty()) sequence.stop_matcher = StopMatcher(stops);
+  return true;
+}
+
+Sequence* EngineCore::new_sequence() {
+  if (free_sequences_.empty()) {
+    sequences_.push_back(std::make_unique<Sequence>());
+    return sequences_.back().get();
+  }
+  Sequence* sequence = free_sequences_.back();
+  free_sequences_.pop_back();
+  // A used one keeps its memory.
+  std::vector<std::int32_t> tokens = std::move(sequence->tokens), blocks = std::move(sequence->blocks);
+  tokens.clear();
+  blocks.clear();
+  *sequence = Sequence{};
+  sequence->tokens = std::move(tokens);
+  sequence->blocks = std::move(blocks);
+  return sequence;
+}
+
+void EngineCore::apply_flags(Attached& from) {
+  for (Sequence* sequence : from.sequences) {
+    if (sequence == nullptr) continue;
+    const std::uint32_t flags = from.channel->control(sequence->slot).flags.load(std::memory_order_acquire);
+    if ((flags & SlotControl::kCancel) != 0) {
+      finish(*sequence, FinishReason::kCancelled);
+      continue;
+    }
+    sequence->pause_asked = (flags & SlotControl::kPause) != 0;
+    sequence->paused = sequence->pause_asked || sequence->stalled_since_ns != 0;
+  }
+}
+
+void EngineCore::sample(std::span<const float> logits) {
+  const std::size_t vocabulary = vocabulary_->size();
+  if (plan_ == nullptr || logits.size() != plan_->samples * vocabulary) {
+    throw std::invalid_argument("logits must be [samples, vocabulary] of the scheduled step");
+  }
+  std::size_t at = 0;
+  for (const PlanRow& row : plan_->rows) {
+    if (!row.sample) continue;
+    const Sequence& sequence = *row.sequence;
+    const Sampler::Choice choice = sampler_.sample(logits.subspan(at * vocabulary, vocabulary), sequence.sampling,
+                                                   sequence.tokens, sequence.prompt_tokens, sequence.generated());
+    sampled_[at] = choice.token;
+    logprobs_[at] = choice.logprob;
+    ++at;
+  }
+}
+
+void EngineCore::commit() {
+  const std::int64_t now_ns = clock_.now_ns();
+  scheduler_.commit(*plan_, {sampled_, plan_->samples});
+  std::size_t at = 0;
+  for (const PlanRow& row : plan_->rows) {
+    if (!row.sample) continue;
+    publish(*row.sequence, logprobs_[at], now_ns);
+    ++at;
+  }
+  plan_ = nullptr;
+  collect_released();
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (attached) attached->channel->header().steps.fetch_add(1, std::memory_order_relaxed);
+  }
+  ring_front_ends();
+}
+
+void EngineCore::abort() {
+  for (const PlanRow& row : plan_->rows) finish(*row.sequence, FinishReason::kError, StreamError::kModelFailed);
+  // Tokens of finished sequences are dropped, whatever they are.
+  std::fill_n(sampled_, plan_->samples, 0);
+  scheduler_.commit(*plan_, {sampled_, plan_->samples});
+  plan_ = nullptr;
+  collect_released();
+  ring_front_ends();
+}
+
+void EngineCore::publish(Sequence& sequence, float logprob, std::int64_t now_ns) {
+  Attached& to = *channels_[sequence.channel];
+  if (to.sequences[sequence.slot] != &sequence) return;  // its stream has ended already
+  TokenWriter& writer = to.writers[sequence.slot];
+  if (sequence.first_token_ns == 0) sequence.first_token_ns = now_ns;
+  sequence.last_token_ns = now_ns;
+  const float shown = sequence.sampling.has(SamplingParams::kLogprobs) ? logprob : std::nanf("");
+  while (sequence.published < sequence.generated()) {
+    const std::int32_t token = sequence.tokens[sequence.prompt_tokens + sequence.published];
+    const bool is_last = sequence.finish != FinishReason::kNone && sequence.published + 1 == sequence.generated();
+    if (publisher_.publish(sequence, writer, token, shown, is_last) == FinishReason::kStop) {
+      finish(sequence, FinishReason::kStop);
+      return;
+    }
+  }
+  to.published = true;
+  to.channel->mark_ready(sequence.slot);
+  if (sequence.finish != FinishReason::kNone) {
+    end_stream(sequence);
+  } else if (!writer.has_room()) {
+    stall(sequence, now_ns);
+  }
+}
+
+void EngineCore::stall(Sequence& sequence, std::int64_t now_ns) {
+  sequence.stalled_since_ns = now_ns;
+  sequence.paused = true;
+  stalled_.push_back(&sequence);
+}
+
+void EngineCore::resume_stalled() {
+  if (stalled_.empty()) return;
+  // Raised before the rings are looked at: a front end that reads one after this look sees it, and rings.
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (attached) attached->channel->header().worker_stalled.store(1, std::memory_order_relaxed);
+  }
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  const std::int64_t now_ns = clock_.now_ns();
+  std::erase_if(stalled_, [&](Sequence* sequence) {
+    if (!channels_[sequence->channel]->writers[sequence->slot].has_room()) return false;
+    sequence->stalled_ns += now_ns - sequence->stalled_since_ns;
+    sequence->stalled_since_ns = 0;
+    sequence->paused = sequence->pause_asked;
+    return true;
+  });
+}
+
+void EngineCore::finish(Sequence& sequence, FinishReason reason, StreamError error) {
+  scheduler_.finish(sequence, reason, error);
+  end_stream(sequence);
+}
+
+void EngineCore::end_stream(Sequence& sequence) {
+  Attached& to = *channels_[sequence.channel];
+  if (to.sequences[sequence.slot] != &sequence) return;
+  to.sequences[sequence.slot] = nullptr;
+  const std::int64_t now_ns = clock_.now_ns();
+  if (sequence.stalled_since_ns != 0) {
+    sequence.stalled_ns += now_ns - sequence.stalled_since_ns;
+    std::erase(stalled_, &sequence);
+  }
+  Publisher::publish_end(sequence, to.writers[sequence.slot], now_ns);
+  to.channel->mark_ready(sequence.slot);
+  to.published = true;
+}
+
+void EngineCore::collect_released() {
+  for (Sequence* sequence : scheduler_.released()) free_sequences_.push_back(sequence);
+  scheduler_.released().clear();
+}
+
+void EngineCore::ring_front_ends() {
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (!attached || !attached->published) continue;
+    attached->published = false;
+    attached->channel->front_bell().ring();
+  }
+}
+
+void EngineCore::wait() {
+  std::vector<pollfd>& sleeping_on = poll_fds_;
+  sleeping_on.assign(1, pollfd{wake_fd_.get(), POLLIN, 0});
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (!attached) continue;
+    attached->channel->worker_bell().arm();
+    sleeping_on.push_back({attached->channel->worker_bell_fd(), POLLIN, 0});
+  }
+  if (!has_news()) {
+    while (::poll(sleeping_on.data(), sleeping_on.size(), -1) < 0 && errno == EINTR) {
+    }
+  }
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (attached) attached->channel->worker_bell().disarm();
+  }
+  std::uint64_t wakes;
+  while (::read(wake_fd_.get(), &wakes, sizeof wakes) > 0) {
+  }
+}
+
+bool EngineCore::has_news() const {
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (!attached) continue;
+    const Channel& channel = *attached->channel;
+    if (channel.header().control_epoch.load(std::memory_order_acquire) != attached->control_epoch) return true;
+    if (!attached->channel->lanes().empty()) return true;
+  }
+  return std::any_of(stalled_.begin(), stalled_.end(), [this](const Sequence* sequence) {
+    return channels_[sequence->channel]->writers[sequence->slot].has_room();
+  });
+}
+
+void EngineCore::wake() const {
+  const std::uint64_t one = 1;
+  // A full counter already wakes: nothing is lost where the write is refused.
+  [[maybe_unused]] const ssize_t written = ::write(wake_fd_.get(), &one, sizeof one);
+}
+
+void EngineCore::close() {
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (attached) detach(*attached->channel);
+  }
+}
+
+}  // namespace rts

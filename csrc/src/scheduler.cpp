@@ -1,0 +1,180 @@
+#include "rts/scheduler.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+
+namespace rts {
+
+Scheduler::Scheduler(const SchedulerConfig& config, BlockPool& blocks, AgeingHeap<Sequence*>& waiting)
+    : config_(config), blocks_(blocks), waiting_(waiting) {
+  if (config.max_sequences == 0 || config.token_budget == 0 || config.block_size == 0 || config.max_context == 0) {
+    throw std::invalid_argument("a scheduler needs at least one sequence, token, position and context");
+  }
+  for (Plan& plan : plans_) plan.rows.reserve(config.max_sequences);
+  running_.reserve(config.max_sequences);
+  released_.reserve(config.max_sequences);
+  for (std::uint32_t row = config.max_sequences; row-- > 0;) free_rows_.push_back(row);
+}
+
+// Positions that can be computed now: those whose tokens are known or are being sampled.
+std::uint32_t Scheduler::runnable(const Sequence& sequence) const {
+  if (sequence.state != SequenceState::kRunning || sequence.paused) return 0;
+  return static_cast<std::uint32_t>(sequence.tokens.size()) + sequence.pending - sequence.scheduled;
+}
+
+std::uint32_t Scheduler::worst_case_blocks(const Sequence& sequence) const {
+  const std::uint64_t most = std::uint64_t{sequence.prompt_tokens} + static_cast<std::uint32_t>(sequence.sampling.max_tokens);
+  const std::uint64_t positions = std::min<std::uint64_t>(most, config_.max_context);
+  return static_cast<std::uint32_t>((positions + config_.block_size - 1) / config_.block_size);
+}
+
+Plan* Scheduler::schedule(std::int64_t now_ns) {
+  Plan* plan = free_plan();
+  if (plan == nullptr) return nullptr;
+  compact_running();
+  plan->rows.clear();
+  plan->tokens = plan->samples = 0;
+
+  // Decoding sequences go first: a prompt never delays a running stream by more than the rest of the budget. Where the
+  // budget is smaller than their number, they take turns.
+  const std::size_t count = running_.size();
+  if (first_decode_ >= count) first_decode_ = 0;
+  const std::size_t start = first_decode_;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t at = start + i < count ? start + i : start + i - count;
+    if (runnable(*running_[at]) != 1) continue;
+    if (plan->tokens == config_.token_budget) {
+      first_decode_ = at;
+      break;
+    }
+    add_row(*plan, *running_[at], 1);
+  }
+  // Prompts that are being read, oldest first.
+  for (std::size_t i = 0; i < count && plan->tokens < config_.token_budget; ++i) {
+    const std::uint32_t positions = runnable(*running_[i]);
+    if (positions > 1) add_row(*plan, *running_[i], std::min(positions, config_.token_budget - plan->tokens));
+  }
+  // New ones, in the heap's order: nobody overtakes one that does not fit yet, so that large requests do not starve.
+  while (plan->tokens < config_.token_budget) {
+    Sequence* const* next = waiting_.peek(now_ns);
+    if (next == nullptr || !admit(**next, now_ns)) break;
+    Sequence& admitted = **waiting_.pop(now_ns);
+    if (const std::uint32_t positions = runnable(admitted)) {
+      add_row(*plan, admitted, std::min(positions, config_.token_budget - plan->tokens));
+    }
+  }
+  if (plan->rows.empty()) return nullptr;
+  plan->in_use = true;
+  return plan;
+}
+
+bool Scheduler::admit(Sequence& sequence, std::int64_t now_ns) {
+  if (free_rows_.empty()) return false;
+  const std::uint32_t blocks = worst_case_blocks(sequence);
+  if (!blocks_.reserve(blocks)) return false;
+  sequence.reserved_blocks = blocks;
+  sequence.row = free_rows_.back();
+  free_rows_.pop_back();
+  sequence.state = SequenceState::kRunning;
+  sequence.waiting_handle = 0;
+  sequence.admitted_ns = now_ns;
+  running_.push_back(&sequence);
+  return true;
+}
+
+void Scheduler::add_row(Plan& plan, Sequence& sequence, std::uint32_t count) {
+  PlanRow row{&sequence, sequence.scheduled, count};
+  sequence.scheduled += count;
+  const auto known = static_cast<std::uint32_t>(sequence.tokens.size());
+  if (sequence.scheduled > known) row.placeholder_of = sequence.sampled_by;
+  row.sample = sequence.scheduled == known + sequence.pending;
+  if (row.sample) {
+    ++sequence.pending;
+    ++plan.samples;
+    sequence.sampled_by = static_cast<std::uint32_t>(plan.rows.size());
+  }
+  while (sequence.blocks.size() * config_.block_size < sequence.scheduled) {
+    sequence.blocks.push_back(blocks_.allocate_reserved());
+    --sequence.reserved_blocks;
+  }
+  ++sequence.in_flight;
+  plan.tokens += count;
+  plan.rows.push_back(row);
+}
+
+void Scheduler::commit(Plan& plan, std::span<const std::int32_t> sampled) { commit(plan, sampled, {}); }
+
+void Scheduler::commit(Plan& plan, std::span<const std::int32_t> sampled, std::span<const std::uint32_t> counts) {
+  std::size_t token = 0, sample = 0;
+  for (const PlanRow& row : plan.rows) {
+    Sequence& sequence = *row.sequence;
+    --sequence.in_flight;
+    if (row.sample) {
+      const std::uint32_t count = counts.empty() ? 1 : counts[sample];
+      accept(sequence, sampled.subspan(token, count));
+      token += count;
+      ++sample;
+    }
+    if (sequence.state == SequenceState::kFinished && sequence.in_flight == 0) release(sequence);
+  }
+  plan.in_use = false;
+}
+
+void Scheduler::accept(Sequence& sequence, std::span<const std::int32_t> tokens) {
+  if (sequence.state == SequenceState::kFinished) return;
+  --sequence.pending;
+  if (tokens.empty()) {
+    // Its last position is run again; what a plan in flight has built on it counts for nothing.
+    sequence.scheduled = static_cast<std::uint32_t>(sequence.tokens.size()) - 1;
+    return;
+  }
+  for (const std::int32_t token : tokens) {
+    if (token < 0) return finish(sequence, FinishReason::kError, StreamError::kInvalidLogits);
+    sequence.tokens.push_back(token);
+    if (sequence.generated() >= static_cast<std::uint32_t>(sequence.sampling.max_tokens) ||
+        sequence.tokens.size() >= config_.max_context) {
+      return finish(sequence, FinishReason::kLength);
+    }
+  }
+}
+
+void Scheduler::finish(Sequence& sequence, FinishReason reason, StreamError error) {
+  if (sequence.state == SequenceState::kFinished) return;
+  const bool waited = sequence.state == SequenceState::kWaiting;
+  sequence.state = SequenceState::kFinished;
+  sequence.finish = reason;
+  sequence.error = error;
+  if (waited) {
+    waiting_.remove(sequence.waiting_handle);
+    released_.push_back(&sequence);
+    return;
+  }
+  has_finished_ = true;
+  if (sequence.in_flight == 0) release(sequence);
+}
+
+void Scheduler::release(Sequence& sequence) {
+  blocks_.free(sequence.blocks);
+  blocks_.unreserve(sequence.reserved_blocks);
+  sequence.blocks.clear();
+  sequence.reserved_blocks = 0;
+  free_rows_.push_back(sequence.row);
+  // Here and not at the next step: the caller may use its memory for another sequence by then.
+  compact_running();
+  released_.push_back(&sequence);
+}
+
+void Scheduler::compact_running() {
+  if (!has_finished_) return;
+  has_finished_ = false;
+  std::erase_if(running_, [](const Sequence* sequence) { return sequence->state == SequenceState::kFinished; });
+}
+
+Plan* Scheduler::free_plan() {
+  for (Plan& plan : plans_) {
+    if (!plan.in_use) return &plan;
+  }
+  return nullptr;
+}
+
+}  // namespace rts

@@ -1,0 +1,314 @@
+#include "rts/stream_table.hpp"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+namespace rts {
+
+namespace {
+
+constexpr std::int32_t kReservedTokens = 1 << 15;
+
+std::uint32_t tail_bytes(const std::vector<std::string>& stops) {
+  std::size_t bytes = 0;
+  for (const std::string& stop : stops) bytes += sizeof(TailHeader) + align_up(stop.size(), 4);
+  return static_cast<std::uint32_t>(bytes);
+}
+
+}  // namespace
+
+StreamTable::StreamTable(std::shared_ptr<Channel> channel, const Clock& clock)
+    : channel_(std::move(channel)), clock_(clock) {
+  const std::uint32_t slots = channel_->config().slots;
+  streams_.reserve(slots);
+  free_.reserve(slots);
+  ready_.reserve(slots);
+  for (std::uint32_t slot = 0; slot < slots; ++slot) streams_.emplace_back(channel_->token_reader(slot));
+  // The lowest slots are given out first, so that few pages are touched while few streams are open.
+  for (std::uint32_t slot = slots; slot-- > 0;) free_.push_back(slot);
+}
+
+std::optional<std::uint32_t> StreamTable::take_slot(StreamFormat format, std::int64_t timeout_ns) {
+  if (free_.empty() || channel_is_dead_) return std::nullopt;
+  const std::uint32_t slot = free_.back();
+  free_.pop_back();
+  ++open_;
+  Stream& taken = stream(slot);
+  taken.state = State::kOpen;
+  taken.format = format;
+  taken.finish = FinishReason::kNone;
+  taken.error = StreamError::kNone;
+  taken.last_read = false;
+  taken.id = next_id_++;
+  taken.timeout_ns = timeout_ns;
+  taken.last_progress_ns = clock_.now_ns();
+  taken.end = {};
+  taken.generated.clear();
+  taken.json_tokens.clear();
+  taken.text.clear();
+  // Published to the worker with the submit record: it looks at a slot's flags only after it has read that.
+  channel_->control(slot).flags.store(0, std::memory_order_relaxed);
+  return slot;
+}
+
+std::optional<std::uint32_t> StreamTable::submit(StreamSpec spec, std::int64_t timeout_ns) {
+  const std::optional<std::uint32_t> slot = take_slot(StreamFormat::kTokens, timeout_ns);
+  if (!slot) return std::nullopt;
+  Stream& taken = stream(*slot);
+  taken.spec = std::move(spec);
+  // So that no token allocates; the cap is for requests that ask for more than any context has.
+  taken.generated.reserve(static_cast<std::size_t>(std::clamp(taken.spec.sampling.max_tokens, 0, kReservedTokens)));
+  if (!write_submit_record(*slot, taken)) {
+    give_back(*slot);
+    return std::nullopt;
+  }
+  channel_->worker_bell().ring();
+  return slot;
+}
+
+bool StreamTable::write_submit_record(std::uint32_t slot, const Stream& stream) {
+  const StreamSpec& spec = stream.spec;
+  SubmitHeader header;
+  header.stream_id = stream.id;
+  header.group_id = stream.id;
+  header.arrival_ns = stream.last_progress_ns;
+  header.sampling = spec.sampling;
+  header.slot = slot;
+  header.prompt_tokens = static_cast<std::uint32_t>(spec.prompt.size());
+  header.tail_bytes = tail_bytes(spec.stops);
+  header.priority = spec.priority;
+
+  const std::size_t ids_bytes = spec.prompt.size() * sizeof(std::int32_t);
+  SpscRing<>::Producer& lane = channel_->lanes().lane(spec.priority);
+  std::byte* out = lane.claim(static_cast<std::uint32_t>(sizeof header + ids_bytes + header.tail_bytes));
+  if (out == nullptr) return false;
+  std::memcpy(out, &header, sizeof header);
+  out += sizeof header;
+  std::memcpy(out, spec.prompt.data(), ids_bytes);
+  out += ids_bytes;
+  for (const std::string& stop : spec.stops) {
+    const TailHeader tail{TailHeader::kStopString, static_cast<std::uint16_t>(stop.size())};
+    std::memcpy(out, &tail, sizeof tail);
+    std::memcpy(out + sizeof tail, stop.data(), stop.size());
+    out += sizeof tail + align_up(stop.size(), 4);
+  }
+  lane.publish();
+  return true;
+}
+
+std::optional<std::uint32_t> StreamTable::open(std::int64_t timeout_ns) {
+  const std::optional<std::uint32_t> slot = take_slot(StreamFormat::kTokens, timeout_ns);
+  if (!slot) return std::nullopt;
+  Stream& taken = stream(*slot);
+  if (!taken.writer) taken.writer.emplace(channel_->token_writer(*slot));
+  taken.pushed = 0;
+  taken.push_open = true;
+  return slot;
+}
+
+bool StreamTable::push(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob, bool special) {
+  Stream& to = stream(slot);
+  if (!to.push_open || to.state != State::kOpen || !to.writer->has_room()) return false;
+  TokenHeader header;
+  header.index = to.pushed;
+  header.token_id = token_id;
+  header.logprob = logprob;
+  header.flags = special ? TokenHeader::kSpecial : 0;
+  if (!to.writer->write_token(header, text)) return false;
+  ++to.pushed;
+  announce(slot);
+  return true;
+}
+
+bool StreamTable::push_end(std::uint32_t slot) {
+  Stream& to = stream(slot);
+  if (!to.push_open) return false;
+  to.push_open = false;
+  TokenHeader header;
+  header.index = to.pushed;
+  header.finish = FinishReason::kStop;
+  to.writer->write_last(header, {});
+  announce(slot);
+  return true;
+}
+
+void StreamTable::announce(std::uint32_t slot) {
+  channel_->mark_ready(slot);
+  channel_->front_bell().ring();
+}
+
+std::span<const std::uint32_t> StreamTable::collect() {
+  ready_.clear();
+  if (channel_is_dead_) return ready_;
+  for (std::uint32_t word = 0; word < channel_->ready_words(); ++word) {
+    for (std::uint64_t bits = channel_->take_ready(word); bits != 0; bits &= bits - 1) {
+      const std::uint32_t slot = word * 64 + static_cast<std::uint32_t>(std::countr_zero(bits));
+      if (slot >= streams_.size()) break;
+      if (stream(slot).state == State::kDiscarding) {
+        discard(slot);
+      } else {
+        ready_.push_back(slot);
+      }
+    }
+  }
+  return ready_;
+}
+
+bool StreamTable::arm() {
+  channel_->front_bell().arm();
+  if (!channel_->any_ready()) return true;
+  channel_->front_bell().disarm();
+  return false;
+}
+
+void StreamTable::disarm() { channel_->front_bell().disarm(); }
+
+void StreamTable::rings_read() {
+  // Pairs with the worker's fence between raising worker_stalled and looking at its rings: one of us sees the other.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  auto& stalled = channel_->header().worker_stalled;
+  if (stalled.load(std::memory_order_relaxed) == 0) return;
+  stalled.store(0, std::memory_order_relaxed);
+  channel_->worker_bell().ring();
+}
+
+bool StreamTable::take(Stream& from, const TokenRecord& record) {
+  if (!record.valid) {  // the worker has lost its mind; its supervisor will see it die
+    from.state = State::kEnded;
+    from.error = StreamError::kWorkerDied;
+    return false;
+  }
+  if (record.is_last()) {
+    from.state = State::kEnded;
+    from.last_read = true;
+    from.finish = record.header.finish;
+    from.error = record.header.error;
+    from.end = record.end();
+    return false;
+  }
+  from.last_progress_ns = now_ns_;
+  from.generated.push_back(record.header.token_id);
+  return true;
+}
+
+std::uint32_t StreamTable::drain(std::uint32_t slot, FrameBuffer& out) {
+  Stream& from = stream(slot);
+  if (from.state != State::kOpen) return 0;
+  now_ns_ = clock_.now_ns();
+  const std::size_t before = from.generated.size();
+  for (std::span<const std::byte> bytes = from.ring.front(); !bytes.empty(); bytes = from.ring.front()) {
+    const TokenRecord record(bytes);
+    const bool is_token = take(from, record);
+    if (is_token) {
+      const TokenHeader& header = record.header;
+      if (from.format == StreamFormat::kEvents) {
+        append_token_event(out, header.index, header.token_id, record.text, header.logprob);
+      } else {
+        append_token_object(from.json_tokens, header.token_id, record.text, header.logprob);
+        from.text.append(record.text);
+      }
+    }
+    from.ring.pop();
+    if (!is_token) break;
+  }
+  from.ring.release();
+  if (from.state == State::kEnded && from.format == StreamFormat::kEvents && from.error == StreamError::kNone) {
+    append_done_event(out, end_of(from));
+  }
+  return static_cast<std::uint32_t>(from.generated.size() - before);
+}
+
+std::optional<TokenView> StreamTable::next(std::uint32_t slot) {
+  Stream& from = stream(slot);
+  if (from.state != State::kOpen) return std::nullopt;
+  const std::span<const std::byte> bytes = from.ring.front();
+  if (bytes.empty()) return std::nullopt;
+  const TokenRecord record(bytes);
+  now_ns_ = clock_.now_ns();
+  std::optional<TokenView> token;
+  if (take(from, record)) {
+    from.text.assign(record.text);  // the ring's bytes are given back below
+    token = TokenView{from.text, record.header.token_id, record.header.index, record.header.logprob,
+                      (record.header.flags & TokenHeader::kSpecial) != 0};
+  }
+  from.ring.pop();
+  from.ring.release();
+  return token;
+}
+
+EndOfStream StreamTable::end_of(const Stream& ended) const {
+  return {ended.spec.request_id, ended.spec.model, ended.spec.version,
+          ended.finish,          static_cast<std::uint32_t>(ended.generated.size()), ended.end};
+}
+
+void StreamTable::finish_json(std::uint32_t slot, FrameBuffer& out) const {
+  const Stream& ended = stream(slot);
+  append_answer(out, end_of(ended), ended.json_tokens.view(), ended.text);
+}
+
+std::uint32_t StreamTable::buffered(std::uint32_t slot) const { return stream(slot).ring.records(); }
+
+void StreamTable::fail(std::uint32_t slot, StreamError error) {
+  Stream& failed = stream(slot);
+  if (failed.state != State::kOpen) return;
+  failed.state = State::kEnded;
+  failed.finish = FinishReason::kError;
+  failed.error = error;
+}
+
+std::vector<std::uint32_t> StreamTable::fail_all() {
+  channel_is_dead_ = true;
+  std::vector<std::uint32_t> failed;
+  for (std::uint32_t slot = 0; slot < streams_.size(); ++slot) {
+    if (stream(slot).state == State::kDiscarding) give_back(slot);
+    if (stream(slot).state != State::kOpen) continue;
+    fail(slot, StreamError::kWorkerDied);
+    failed.push_back(slot);
+  }
+  return failed;
+}
+
+std::vector<std::uint32_t> StreamTable::overdue() const {
+  const std::int64_t now_ns = clock_.now_ns();
+  std::vector<std::uint32_t> slots;
+  for (std::uint32_t slot = 0; slot < streams_.size(); ++slot) {
+    const Stream& open = stream(slot);
+    if (open.state != State::kOpen || open.timeout_ns == 0) continue;
+    // Tokens that wait for their reader are not the model's silence.
+    if (now_ns - open.last_progress_ns > open.timeout_ns && open.ring.records() == 0) slots.push_back(slot);
+  }
+  return slots;
+}
+
+void StreamTable::close(std::uint32_t slot) {
+  Stream& closed = stream(slot);
+  if (closed.writer && closed.push_open) push_end(slot);
+  if (closed.last_read || channel_is_dead_) {
+    give_back(slot);
+    return;
+  }
+  closed.state = State::kDiscarding;
+  channel_->set_flag(slot, SlotControl::kCancel, true);
+  discard(slot);
+}
+
+void StreamTable::discard(std::uint32_t slot) {
+  Stream& from = stream(slot);
+  bool is_last = false;
+  for (std::span<const std::byte> bytes = from.ring.front(); !bytes.empty() && !is_last; bytes = from.ring.front()) {
+    const TokenRecord record(bytes);
+    is_last = record.valid && record.is_last();
+    from.ring.pop();
+  }
+  from.ring.release();
+  if (is_last) give_back(slot);
+}
+
+void StreamTable::give_back(std::uint32_t slot) {
+  stream(slot).state = State::kFree;
+  free_.push_back(slot);
+  --open_;
+}
+
+}  // namespace rts
