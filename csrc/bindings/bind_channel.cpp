@@ -1,0 +1,47 @@
+#include <pybind11/pybind11.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <memory>
+
+#include "bindings.hpp"
+#include "rts/channel.hpp"
+
+namespace py = pybind11;
+
+namespace rts::bindings {
+
+void register_channel(py::module_& m) {
+  py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel", "What one front end and one worker share.")
+      .def_static(
+          "create",
+          [](std::uint32_t slots, std::uint32_t ring_records, std::uint32_t lane_bytes, std::uint32_t generation,
+             bool shared) {
+            ChannelConfig config;
+            config.slots = slots;
+            config.ring_records = ring_records;
+            config.lane_bytes = lane_bytes;
+            config.generation = generation;
+            return Channel::create(config, shared);
+          },
+          py::kw_only(), py::arg("slots"), py::arg("ring_records"), py::arg("lane_bytes"), py::arg("generation"),
+          py::arg("shared"), "Makes one in shared memory, for a worker process, or in private memory, for a thread.")
+      .def_static("attach", &Channel::attach, py::arg("memory_fd"), py::arg("worker_bell_fd"), py::arg("front_bell_fd"),
+                  "Maps one that another process made, and takes over the descriptors, in the order of fds().")
+      .def("fds",
+           [](const Channel& channel) {
+             return py::make_tuple(channel.memory_fd(), channel.worker_bell_fd(), channel.front_bell_fd());
+           })
+      .def_property_readonly("generation", [](const Channel& channel) { return channel.config().generation; })
+      .def_property_readonly("slots", [](const Channel& channel) { return channel.config().slots; })
+      .def_property_readonly(
+          "steps", [](const Channel& channel) { return channel.header().steps.load(std::memory_order_relaxed); },
+          "Steps that the worker has committed while it was attached.")
+      // For the Cython module, which shares the object and not a copy. The capsule holds a reference of its own.
+      .def("capsule", [](const std::shared_ptr<Channel>& channel) {
+        return py::capsule(new std::shared_ptr<Channel>(channel), "rts.Channel",
+                           [](void* held) { delete static_cast<std::shared_ptr<Channel>*>(held); });
+      });
+}
+
+}  // namespace rts::bindings

@@ -1,0 +1,12 @@
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+// One function a concern, each in its bind_<concern>.cpp.
+namespace rts::bindings {
+
+void register_channel(pybind11::module_& m);
+void register_engine_core(pybind11::module_& m);
+void register_text(pybind11::module_& m);
+
+}  // namespace rts::bindings

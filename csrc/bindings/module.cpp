@@ -1,0 +1,10 @@
+#include <pybind11/pybind11.h>
+
+#include "bindings.hpp"
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The C++ core of realtime_serve.";
+  rts::bindings::register_text(m);
+  rts::bindings::register_channel(m);
+  rts::bindings::register_engine_core(m);
+}

@@ -1,0 +1,530 @@
+# cython: language_level=3, boundscheck=False, wraparound=False
+"""The event-loop side of the token path: drains a channel's token rings and writes to transports.
+
+One pass a wake-up: every stream that has records is framed into its connection's buffer, then each connection gets one
+write. No Python object is made per token, except for readers that ask for StreamTokens.
+"""
+
+from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.pycapsule cimport PyCapsule_GetPointer
+from libc.math cimport NAN, isnan
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
+from libcpp cimport bool as cbool
+from libcpp.memory cimport shared_ptr, unique_ptr
+from libcpp.optional cimport optional
+from libcpp.string cimport string
+from libcpp.utility cimport move
+from libcpp.vector cimport vector
+
+from realtime_serve.errors import stream_error
+
+# A connection whose transport holds more than this is behind: its streams stay in their rings until it has caught up.
+cdef Py_ssize_t HIGH_WATER = 64 * 1024
+cdef Py_ssize_t LOW_WATER = 16 * 1024
+# How often a connection that is behind is looked at, and how often streams are checked for their timeouts.
+cdef double CATCH_UP_S = 0.01
+cdef double TIMEOUT_CHECK_S = 0.05
+# Rounds of one pass; then the event loop gets its turn before the next.
+cdef int MAX_ROUNDS = 2
+
+_FINISH_REASONS = (None, "stop", "length", "cancelled", "timeout", "error")
+_ERRORS = ("", "invalid_logits", "model_failed", "worker_died", "invalid_request", "timeout")
+
+
+cdef extern from "<string_view>" namespace "std" nogil:
+    cdef cppclass string_view:
+        string_view(const char*, size_t)
+        const char* data()
+        size_t size()
+
+cdef extern from "<span>" namespace "std" nogil:
+    cdef cppclass uint32_span "std::span<const std::uint32_t>":
+        size_t size()
+        const uint32_t& operator[](size_t)
+
+cdef extern from "rts/request.hpp" namespace "rts" nogil:
+    cdef enum class Priority(uint8_t):
+        pass
+    cdef enum class FinishReason(uint8_t):
+        pass
+    cdef enum class StreamError(uint8_t):
+        kTimeout
+    cdef enum SamplingFlag "rts::SamplingParams::Flag":
+        kIgnoreEos "rts::SamplingParams::kIgnoreEos"
+        kLogprobs "rts::SamplingParams::kLogprobs"
+    cdef cppclass SamplingParams:
+        float temperature
+        float top_p
+        float min_p
+        int32_t top_k
+        float repetition_penalty
+        float presence_penalty
+        float frequency_penalty
+        int32_t max_tokens
+        uint32_t flags
+        uint64_t seed
+    cdef cppclass EndExtension:
+        uint32_t prompt_tokens
+        uint32_t cached_tokens
+        int64_t queue_ns
+        int64_t prefill_ns
+        int64_t decode_ns
+        int64_t stalled_ns
+
+cdef extern from "rts/clock.hpp" namespace "rts" nogil:
+    cdef cppclass Clock:
+        int64_t now_ns()
+    cdef cppclass SteadyClock(Clock):
+        SteadyClock()
+
+cdef extern from "rts/channel.hpp" namespace "rts" nogil:
+    cdef cppclass Bell "rts::Doorbell":
+        void consume()
+    cdef cppclass Channel:
+        int front_bell_fd()
+        Bell front_bell()
+
+cdef extern from "rts/sse_writer.hpp" namespace "rts" nogil:
+    cdef cppclass FrameBuffer:
+        FrameBuffer()
+        const char* data()
+        size_t size()
+        void clear()
+        void append(string_view)
+        void begin_chunk()
+        void end_chunk()
+        void last_chunk()
+
+    void append_error_event(FrameBuffer&, string_view, string_view, string_view, optional[string_view])
+
+cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
+    cdef enum class StreamFormat(uint8_t):
+        kTokens
+        kEvents
+        kJson
+    cdef cppclass StreamSpec:
+        string request_id
+        string model
+        string version
+        vector[int32_t] prompt
+        vector[string] stops
+        SamplingParams sampling
+        Priority priority
+    cdef cppclass TokenView:
+        string_view text
+        int32_t token_id
+        uint32_t index
+        float logprob
+        cbool special
+    cdef cppclass StreamTable:
+        StreamTable(shared_ptr[Channel], const Clock&) except +
+        optional[uint32_t] submit(StreamSpec, int64_t) except +
+        optional[uint32_t] open(int64_t)
+        cbool push(uint32_t, string_view, int32_t, float, cbool)
+        cbool push_end(uint32_t)
+        uint32_span collect()
+        cbool arm()
+        void disarm()
+        void rings_read()
+        uint32_t drain(uint32_t, FrameBuffer&)
+        optional[TokenView] next(uint32_t)
+        void finish_json(uint32_t, FrameBuffer&)
+        uint32_t buffered(uint32_t)
+        StreamFormat format(uint32_t)
+        void set_format(uint32_t, StreamFormat)
+        void close(uint32_t)
+        void fail(uint32_t, StreamError)
+        vector[uint32_t] fail_all()
+        vector[uint32_t] overdue()
+        cbool ended(uint32_t)
+        StreamError error(uint32_t)
+        FinishReason finish(uint32_t)
+        uint32_t generated(uint32_t)
+        const EndExtension& end(uint32_t)
+        int64_t last_progress_ns(uint32_t)
+        uint32_t open_streams()
+
+
+cdef SteadyClock CLOCK
+
+
+cdef append_error(FrameBuffer* out, str code):
+    """An error event in the words of the exception that a caller without HTTP would get."""
+    error = stream_error(code)
+    cdef bytes message = str(error).encode(), kind = error.type.encode(), name = error.code.encode()
+    append_error_event(
+        out[0],
+        string_view(<const char*>message, len(message)),
+        string_view(<const char*>kind, len(kind)),
+        string_view(<const char*>name, len(name)),
+        optional[string_view](),
+    )
+
+
+cdef class Connection:
+    """A transport that streams are written to. A connection may carry many streams."""
+
+    cdef object transport
+    cdef FrameBuffer buffer
+    cdef bint chunked
+    cdef bint chunk_is_open
+    cdef bint behind
+    cdef bint touched
+
+    cdef inline FrameBuffer* open(self):
+        """The buffer, ready to take frames."""
+        if self.chunked and not self.chunk_is_open:
+            self.buffer.begin_chunk()
+            self.chunk_is_open = True
+        return &self.buffer
+
+    cdef inline void end_body(self):
+        if self.chunk_is_open:
+            self.buffer.end_chunk()
+            self.chunk_is_open = False
+        if self.chunked:
+            self.buffer.last_chunk()
+
+    cdef flush(self):
+        """Writes what has been framed, in one write."""
+        if self.chunk_is_open:
+            self.buffer.end_chunk()
+            self.chunk_is_open = False
+        data = PyBytes_FromStringAndSize(self.buffer.data(), self.buffer.size())
+        self.buffer.clear()
+        self.transport.write(data)
+        self.behind = self.transport.get_write_buffer_size() > HIGH_WATER
+
+    cdef bint caught_up(self):
+        if self.transport.is_closing() or self.transport.get_write_buffer_size() <= LOW_WATER:
+            self.behind = False
+        return not self.behind
+
+
+cdef class Stream:
+    """A stream as its reader sees it: tokens one by one, events to a transport, or one JSON object.
+
+    `close` gives it up at any time, and must be called once it is done with.
+    """
+
+    cdef Pump pump
+    cdef uint32_t slot
+    cdef bint is_open
+    cdef bint wrote
+    cdef Connection connection
+    cdef object waiter
+    # What is left of the stream once its slot is given back.
+    cdef object final_reason
+    cdef str final_error
+    cdef uint32_t final_tokens
+    cdef EndExtension final_end
+
+    def next_token(self):
+        """(text, token id, logprob or None, is special), or None where there is no token at the moment."""
+        if not self.is_open:
+            return None
+        cdef optional[TokenView] taken = self.pump.table.get().next(self.slot)
+        if not taken.has_value():
+            return None
+        self.pump.table.get().rings_read()
+        cdef TokenView* token = &taken.value()
+        text = token.text.data()[:token.text.size()].decode()
+        return text, token.token_id, (None if isnan(token.logprob) else token.logprob), bool(token.special)
+
+    async def readable(self):
+        """Waits until there may be a token, or the stream has ended."""
+        if self.is_open and self.pump.table.get().buffered(self.slot) == 0 and not self.ended:
+            await self._wait()
+
+    async def write_to(self, transport, bytes head, bint chunked):
+        """Writes the stream's events to a transport, to its end, behind `head`, which goes out with the first of them.
+
+        Where the stream fails before its first token, nothing is written.
+        """
+        self.connection = Connection()
+        self.connection.transport = transport
+        self.connection.chunked = chunked
+        self.connection.buffer.append(string_view(<const char*>head, len(head)))
+        await self._run(StreamFormat.kEvents)
+
+    async def json(self):
+        """The whole answer as one JSON object; empty where the stream failed."""
+        await self._run(StreamFormat.kJson)
+        if self.error:
+            return b""
+        cdef FrameBuffer body
+        self.pump.table.get().finish_json(self.slot, body)
+        return PyBytes_FromStringAndSize(body.data(), body.size())
+
+    async def _run(self, StreamFormat format):
+        self.pump.table.get().set_format(self.slot, format)
+        ended = self.pump.serve(self)
+        self.pump._flush()
+        if not ended:
+            await self._wait()
+
+    def _wait(self):
+        self.waiter = self.pump.loop.create_future()
+        return self.waiter
+
+    cdef void wake(self):
+        waiter = self.waiter
+        if waiter is not None:
+            self.waiter = None
+            if not waiter.done():
+                waiter.set_result(None)
+
+    def push(self, str text, int32_t token_id, logprob, bint special):
+        """Appends a token to a stream that Pump.open made. False: its buffer is full, or it has ended."""
+        cdef bytes encoded = text.encode()
+        cdef float value = NAN if logprob is None else logprob
+        return self.is_open and self.pump.table.get().push(
+            self.slot, string_view(<const char*>encoded, len(encoded)), token_id, value, special
+        )
+
+    def push_end(self):
+        return self.is_open and self.pump.table.get().push_end(self.slot)
+
+    def close(self):
+        """Gives the stream up; what still runs for it is cancelled. May be called more than once."""
+        if not self.is_open:
+            return
+        self.is_open = False
+        cdef StreamTable* table = self.pump.table.get()
+        self.final_reason = _FINISH_REASONS[<int>table.finish(self.slot)]
+        self.final_error = _ERRORS[<int>table.error(self.slot)]
+        self.final_tokens = table.generated(self.slot)
+        self.final_end = table.end(self.slot)
+        self.pump.streams[self.slot] = None
+        table.close(self.slot)
+        self.connection = None
+        self.wake()
+
+    @property
+    def started(self):
+        """Whether anything has been written to its transport."""
+        return self.wrote
+
+    @property
+    def ended(self):
+        return not self.is_open or self.pump.table.get().ended(self.slot)
+
+    @property
+    def error(self):
+        """Why the stream failed, as a code; empty where it did not."""
+        return _ERRORS[<int>self.pump.table.get().error(self.slot)] if self.is_open else self.final_error
+
+    @property
+    def finish_reason(self):
+        return _FINISH_REASONS[<int>self.pump.table.get().finish(self.slot)] if self.is_open else self.final_reason
+
+    @property
+    def token_count(self):
+        return self.pump.table.get().generated(self.slot) if self.is_open else self.final_tokens
+
+    @property
+    def buffered(self):
+        """Tokens that its reader has not taken."""
+        return self.pump.table.get().buffered(self.slot) if self.is_open else 0
+
+    @property
+    def idle_seconds(self):
+        if not self.is_open:
+            return 0.0
+        return (CLOCK.now_ns() - self.pump.table.get().last_progress_ns(self.slot)) / 1e9
+
+    def usage(self):
+        """(prompt tokens, completion tokens, cached tokens)."""
+        cdef EndExtension end = self._end()
+        return end.prompt_tokens, self.token_count, end.cached_tokens
+
+    def timings(self):
+        """(queue, prefill, decode, stalled), in milliseconds."""
+        cdef EndExtension end = self._end()
+        return end.queue_ns / 1e6, end.prefill_ns / 1e6, end.decode_ns / 1e6, end.stalled_ns / 1e6
+
+    cdef EndExtension _end(self):
+        return self.pump.table.get().end(self.slot) if self.is_open else self.final_end
+
+
+cdef class Pump:
+    """Serves the streams of one channel. Everything of it belongs to the event loop's thread."""
+
+    cdef object loop
+    cdef object channel
+    cdef shared_ptr[Channel] shared
+    cdef unique_ptr[StreamTable] table
+    cdef list streams
+    cdef list touched
+    cdef list behind
+    cdef FrameBuffer unused
+    cdef object catch_up_timer
+    cdef object timeout_timer
+    cdef bint running
+
+    def __init__(self, channel, loop):
+        self.loop = loop
+        self.channel = channel
+        capsule = channel.capsule()  # it must outlive the copy
+        self.shared = (<shared_ptr[Channel]*>PyCapsule_GetPointer(capsule, "rts.Channel"))[0]
+        self.table.reset(new StreamTable(self.shared, CLOCK))
+        self.streams = [None] * channel.slots
+        self.touched = []
+        self.behind = []
+
+    def start(self):
+        self.running = True
+        self.loop.add_reader(self.shared.get().front_bell_fd(), self._on_bell)
+        self._on_bell()
+
+    def stop(self):
+        """Ends every open stream, as `fail` does, and leaves the channel."""
+        if not self.running:
+            return
+        self.running = False
+        self.loop.remove_reader(self.shared.get().front_bell_fd())
+        for timer in (self.catch_up_timer, self.timeout_timer):
+            if timer is not None:
+                timer.cancel()
+        self.catch_up_timer = self.timeout_timer = None
+        self.fail()
+
+    @property
+    def open_streams(self):
+        return self.table.get().open_streams()
+
+    def submit(self, *, str request_id, str model, str version, list prompt_ids, int32_t max_tokens, float temperature,
+               float top_p, int32_t top_k, float min_p, float repetition_penalty, float presence_penalty,
+               float frequency_penalty, bint ignore_eos, bint logprobs, uint64_t seed, stop, int priority,
+               double timeout_s):
+        """Queues a request; its Stream, or None where there is no room for one more."""
+        cdef StreamSpec spec
+        spec.request_id = request_id.encode()
+        spec.model = model.encode()
+        spec.version = version.encode()
+        spec.prompt = prompt_ids
+        for text in stop:
+            spec.stops.push_back((<str>text).encode())
+        spec.sampling.max_tokens = max_tokens
+        spec.sampling.temperature = temperature
+        spec.sampling.top_p = top_p
+        spec.sampling.top_k = top_k
+        spec.sampling.min_p = min_p
+        spec.sampling.repetition_penalty = repetition_penalty
+        spec.sampling.presence_penalty = presence_penalty
+        spec.sampling.frequency_penalty = frequency_penalty
+        spec.sampling.flags = (kIgnoreEos if ignore_eos else 0) | (kLogprobs if logprobs else 0)
+        spec.sampling.seed = seed
+        spec.priority = <Priority><uint8_t>priority
+        return self._stream(self.table.get().submit(move(spec), <int64_t>(timeout_s * 1e9)))
+
+    def open(self, str name, double timeout_s):
+        """A stream that is fed by its own push; None where there is no room for one more."""
+        return self._stream(self.table.get().open(<int64_t>(timeout_s * 1e9)))
+
+    cdef _stream(self, optional[uint32_t] slot):
+        if not slot.has_value():
+            return None
+        cdef Stream stream = Stream()
+        stream.pump = self
+        stream.slot = slot.value()
+        stream.is_open = True
+        self.streams[stream.slot] = stream
+        if self.timeout_timer is None:
+            self.timeout_timer = self.loop.call_later(TIMEOUT_CHECK_S, self._check_timeouts)
+        return stream
+
+    def fail(self):
+        """Ends every open stream with the error that its worker died."""
+        for slot in self.table.get().fail_all():
+            self.serve(self.streams[slot])
+        self._flush()
+
+    def _on_bell(self):
+        cdef StreamTable* table = self.table.get()
+        cdef uint32_span ready
+        cdef size_t i
+        self.shared.get().front_bell().consume()
+        table.disarm()
+        for _ in range(MAX_ROUNDS):
+            ready = table.collect()
+            for i in range(ready.size()):
+                stream = self.streams[ready[i]]
+                if stream is not None:
+                    self.serve(<Stream>stream)
+            table.rings_read()
+            self._flush()
+            if table.arm():
+                return
+        self.loop.call_soon(self._on_bell)
+
+    cdef bint serve(self, Stream stream):
+        """Moves what a stream's ring holds towards its reader; whether the stream is served to its end."""
+        cdef StreamTable* table = self.table.get()
+        cdef Connection connection = stream.connection
+        cdef uint32_t slot = stream.slot
+        if connection is None:
+            if table.format(slot) == StreamFormat.kJson:
+                table.drain(slot, self.unused)
+                if table.ended(slot):
+                    stream.wake()
+            else:
+                stream.wake()
+            return table.ended(slot)
+        if connection.behind and not connection.caught_up():
+            self._retry_later(stream)
+            return False
+        return self._frame(stream, connection)
+
+    cdef bint _frame(self, Stream stream, Connection connection):
+        cdef StreamTable* table = self.table.get()
+        cdef uint32_t slot = stream.slot
+        cdef FrameBuffer* out = connection.open()
+        cdef uint32_t tokens = table.drain(slot, out[0])
+        cdef bint ended = table.ended(slot)
+        if ended and not stream.wrote and tokens == 0 and table.error(slot) != <StreamError>0:
+            connection.buffer.clear()
+            stream.wake()
+            return True
+        if tokens or ended:
+            stream.wrote = True
+            if not connection.touched:
+                connection.touched = True
+                self.touched.append(connection)
+        if ended:
+            if table.error(slot) != <StreamError>0:
+                append_error(out, _ERRORS[<int>table.error(slot)])
+            connection.end_body()
+            stream.wake()
+        return ended
+
+    cdef _flush(self):
+        cdef Connection connection
+        for connection in self.touched:
+            connection.touched = False
+            connection.flush()
+        self.touched.clear()
+
+    cdef _retry_later(self, Stream stream):
+        self.behind.append(stream)
+        if self.catch_up_timer is None:
+            self.catch_up_timer = self.loop.call_later(CATCH_UP_S, self._catch_up)
+
+    def _catch_up(self):
+        self.catch_up_timer = None
+        waiting, self.behind = self.behind, []
+        for stream in waiting:
+            if (<Stream>stream).is_open:
+                self.serve(<Stream>stream)
+        self.table.get().rings_read()
+        self._flush()
+
+    def _check_timeouts(self):
+        self.timeout_timer = None
+        for slot in self.table.get().overdue():
+            self.table.get().fail(slot, StreamError.kTimeout)
+            if self.streams[slot] is not None:
+                self.serve(self.streams[slot])
+        self._flush()
+        if self.running and self.table.get().open_streams():
+            self.timeout_timer = self.loop.call_later(TIMEOUT_CHECK_S, self._check_timeouts)
