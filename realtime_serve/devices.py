@@ -1,0 +1,23 @@
+"""Which accelerators this machine has, asked of the driver: no torch is imported for it."""
+
+from __future__ import annotations
+
+import ctypes
+from functools import cache
+
+
+@cache
+def cuda_device_count() -> int:
+    """CUDA devices that the driver offers; 0 where there is no driver."""
+    try:
+        driver = ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return 0
+    count = ctypes.c_int(0)
+    if driver.cuInit(0) != 0 or driver.cuDeviceGetCount(ctypes.byref(count)) != 0:
+        return 0
+    return count.value
+
+
+def default_device() -> str:
+    return "cuda" if cuda_device_count() else "cpu"

@@ -1,0 +1,1 @@
+"""Workers and what connects a front end to them."""

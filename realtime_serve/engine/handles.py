@@ -1,0 +1,158 @@
+"""A worker as its supervisor sees it: a process of its own, or a thread of this one."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from realtime_serve._core import Channel
+from realtime_serve.engine.control import ControlSocket
+from realtime_serve.engine.launch import LoadSpec, load_runner
+from realtime_serve.engine.step_loop import StepLoop
+from realtime_serve.engine.worker import describe
+
+Report = dict[str, Any]
+
+
+class WorkerHandle(Protocol):
+    """Reports `ready`, `failed` and `exited`, in the event loop's thread, by the callback given to `start`."""
+
+    shared_memory: bool
+    """Whether the channel must lie in memory that another process can map."""
+
+    def start(self, spec: LoadSpec, report: Callable[[Report], None]) -> None: ...
+    def attach(self, channel: Channel) -> None: ...
+    def request_stop(self) -> None: ...
+    def kill(self) -> None: ...
+
+
+class ProcessWorker:
+    """A worker process. It is started fresh, never forked: a user's script needs no `__main__` guard."""
+
+    shared_memory = True
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+
+    def start(self, spec: LoadSpec, report: Callable[[Report], None]) -> None:
+        self._report = report
+        self._control, theirs = ControlSocket.pair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "realtime_serve.engine.worker", "--control-fd", str(theirs.fileno())],
+            pass_fds=(theirs.fileno(),),
+            stdin=subprocess.DEVNULL,
+            env=_child_environment(),
+        )
+        theirs.close()
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._loop.add_reader(self._control.fileno(), self._on_message)
+        self._loop.add_reader(self._pidfd, self._on_exit)
+        self._control.send(spec.to_message())
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def attach(self, channel: Channel) -> None:
+        self._send({"op": "attach", "channel": channel.generation}, channel.fds())
+
+    def request_stop(self) -> None:
+        self._send({"op": "stop"})
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _send(self, message: Report, fds: tuple[int, ...] = ()) -> None:
+        try:
+            self._control.send(message, fds)
+        except OSError:
+            return  # it died: `exited` is reported by its pidfd
+
+    def _on_message(self) -> None:
+        message, _ = self._control.receive()
+        if message is None:
+            self._loop.remove_reader(self._control.fileno())
+        else:
+            self._report(message)
+
+    def _on_exit(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        self._loop.remove_reader(self._control.fileno())
+        os.close(self._pidfd)
+        self._drain_messages()
+        self._control.close()
+        self._report({"op": "exited", "status": self._process.wait()})
+
+    def _drain_messages(self) -> None:
+        """A worker that failed to load says why and exits at once: the exit may be seen first."""
+        os.set_blocking(self._control.fileno(), False)
+        try:
+            while (message := self._control.receive()[0]) is not None:
+                self._report(message)
+        except BlockingIOError:
+            return
+
+
+class ThreadWorker:
+    """The same loop in a thread, over a channel in private memory."""
+
+    shared_memory = False
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._step_loop: StepLoop | None = None
+        self._stopped = False
+
+    def start(self, spec: LoadSpec, report: Callable[[Report], None]) -> None:
+        self._report = report
+        threading.Thread(target=self._run, args=(spec,), name=f"worker {spec.model.name}", daemon=True).start()
+
+    def attach(self, channel: Channel) -> None:
+        assert self._step_loop is not None, "attached before ready"
+        self._step_loop.attach(channel)
+
+    def request_stop(self) -> None:
+        self._stopped = True
+        if self._step_loop is not None:
+            self._step_loop.stop()
+
+    def kill(self) -> None:
+        """A thread cannot be killed: it ends at its next step boundary."""
+        self.request_stop()
+
+    def _run(self, spec: LoadSpec) -> None:
+        try:
+            runner = load_runner(spec)
+            step_loop = StepLoop(runner, spec.limits)
+        except Exception as error:
+            self._tell({"op": "failed", "message": describe(error)})
+            self._tell({"op": "exited", "status": 1})
+            return
+        self._step_loop = step_loop
+        if self._stopped:
+            step_loop.stop()
+        self._tell({"op": "ready", "max_context": runner.max_context})
+        status = 0
+        try:
+            step_loop.run()
+        except Exception as error:
+            status = 1
+            self._tell({"op": "failed", "message": describe(error)})
+        runner.close()
+        self._tell({"op": "exited", "status": status})
+
+    def _tell(self, message: Report) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._report, message)
+        except RuntimeError:
+            return  # the event loop is closed: nobody is left to be told
+
+
+def _child_environment() -> dict[str, str]:
+    """The parent's import path, so that a worker finds what its parent does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

@@ -1,0 +1,93 @@
+"""The worker's loop: drain, schedule, step, commit, publish."""
+
+from __future__ import annotations
+
+import logging
+import queue
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from realtime_serve._core import Channel, EngineCore, Vocabulary
+from realtime_serve.engine.step_buffers import StepBuffers
+from realtime_serve.runners.base import Runner
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLimits:
+    """What bounds a worker's engine, whatever the model."""
+
+    max_batch_size: int
+    max_step_tokens: int
+    max_queue: int
+    ageing_ms: int
+
+
+class StepLoop:
+    """Runs a loaded model over the channels attached to it, one step after the other.
+
+    `run` belongs to one thread. `attach`, `detach` and `stop` may be called from any: they take effect at the next
+    step boundary, and wake the loop where it sleeps.
+    """
+
+    def __init__(self, runner: Runner, limits: EngineLimits) -> None:
+        self._runner = runner
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._stopping = False
+        self._core = EngineCore(
+            max_batch_size=limits.max_batch_size,
+            max_step_tokens=limits.max_step_tokens,
+            block_size=runner.block_size,
+            num_blocks=runner.num_blocks,
+            max_context=runner.max_context,
+            max_queue=limits.max_queue,
+            ageing_ms=limits.ageing_ms,
+            vocabulary=Vocabulary(runner.vocabulary_tokens, sorted(runner.special_tokens), sorted(runner.eos_tokens)),
+        )
+        self._buffers = StepBuffers(
+            self._core,
+            max_tokens=limits.max_step_tokens,
+            max_rows=limits.max_batch_size,
+            max_blocks=-(-runner.max_context // runner.block_size),
+        )
+
+    def attach(self, channel: Channel) -> None:
+        self._command(lambda: self._core.attach(channel))
+
+    def detach(self, channel: Channel) -> None:
+        self._command(lambda: self._core.detach(channel))
+
+    def stop(self) -> None:
+        self._command(self._stop)
+
+    def _stop(self) -> None:
+        self._stopping = True
+
+    def _command(self, command: Callable[[], None]) -> None:
+        self._commands.put(command)
+        self._core.wake()
+
+    def run(self) -> None:
+        core = self._core
+        while not self._stopping:
+            if not self._step():
+                core.wait()
+            while not self._commands.empty():
+                self._commands.get()()
+        core.close()
+
+    def _step(self) -> bool:
+        """Runs one step; False where nothing was to be done."""
+        core = self._core
+        shape = core.schedule()
+        if shape is None:
+            return False
+        try:
+            self._runner.step(self._buffers.batch(*shape))
+        except Exception:
+            log.exception("the model raised in a step of %d sequences: they end with an error", shape[1])
+            core.abort()
+        else:
+            core.commit()
+        return True

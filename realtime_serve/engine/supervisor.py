@@ -1,0 +1,189 @@
+"""Keeps one model version's worker alive: starts it, waits until it is ready, watches, restarts and stops it."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from enum import Enum
+from typing import Protocol
+
+from realtime_serve.engine.client import ChannelClient
+from realtime_serve.engine.handles import ProcessWorker, Report, ThreadWorker, WorkerHandle
+from realtime_serve.engine.launch import LoadSpec
+from realtime_serve.errors import ModelLoadError, ModelUnavailableError
+
+log = logging.getLogger(__name__)
+
+# A worker that dies sooner than this after it was ready is taken to be broken: each restart then waits longer.
+_STABLE_AFTER_S = 30.0
+_BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
+_STOP_GRACE_S = 5.0
+
+
+class OpenChannel(Protocol):
+    """Makes the channel of a worker's next incarnation."""
+
+    def __call__(self, generation: int, *, shared: bool) -> ChannelClient: ...
+
+
+class WorkerState(Enum):
+    STARTING = "starting"
+    READY = "ready"
+    RESTARTING = "restarting"
+    FAILED = "failed"
+    STOPPED = "stopped"
+
+
+class Supervisor:
+    """Belongs to the event loop's thread.
+
+    `client` is what requests go through while the worker is ready. When the worker dies, every stream of that client
+    ends with a typed error, and a new worker gets a new channel of the next generation.
+    """
+
+    def __init__(self, spec: LoadSpec, open_channel: OpenChannel, *, isolation: str) -> None:
+        self.spec = spec
+        self.state = WorkerState.STOPPED
+        self.max_context = spec.model.max_seq_length
+        self.restarts = 0
+        self._open_channel = open_channel
+        self._new_worker: Callable[[], WorkerHandle] = ThreadWorker if isolation == "thread" else ProcessWorker
+        self._worker: WorkerHandle | None = None
+        self._client: ChannelClient | None = None
+        self._generation = 0
+        self._failure = ""
+        self._ready_at = 0.0
+        self._early_deaths = 0
+        self._steps_seen = 0
+        self._steps_seen_at = 0.0
+        self._changed = asyncio.Event()
+        self._restart: asyncio.TimerHandle | None = None
+
+    @property
+    def client(self) -> ChannelClient:
+        """Raises ModelUnavailableError while there is no worker that could serve."""
+        if self._client is None:
+            retry_after = _BACKOFF_S[min(self._early_deaths, len(_BACKOFF_S) - 1)] + 1.0
+            raise ModelUnavailableError(
+                f"model {self.spec.model.name!r} has no worker at the moment: it is {self.state.value}",
+                retry_after=retry_after,
+            )
+        return self._client
+
+    @property
+    def is_ready(self) -> bool:
+        return self.state is WorkerState.READY
+
+    @property
+    def worker(self) -> WorkerHandle | None:
+        return self._worker
+
+    def stalled_for(self, now: float) -> float:
+        """Seconds, by the monotonic clock's `now`, for which the worker has had streams and has made no step."""
+        client = self._client
+        if client is None:
+            return 0.0
+        steps, had_work = client.channel.steps, client.pump.open_streams > 0
+        if not had_work or steps != self._steps_seen:
+            self._steps_seen, self._steps_seen_at = steps, now
+        return now - self._steps_seen_at
+
+    def start(self) -> None:
+        """Starts a worker; `wait_ready` tells how that went."""
+        self._set_state(WorkerState.STARTING)
+        self._spawn()
+
+    async def wait_ready(self) -> None:
+        """Raises ModelLoadError, with the worker's reason, where it could not load its model."""
+        while self.state in (WorkerState.STARTING, WorkerState.RESTARTING):
+            self._changed.clear()
+            await self._changed.wait()
+        if self.state is not WorkerState.READY:
+            raise ModelLoadError(self._failure or "the worker was stopped while it was loading")
+
+    async def stop(self) -> None:
+        """Ends the worker: asked first, killed where it does not answer. Open streams end as cancelled."""
+        if self._restart is not None:
+            self._restart.cancel()
+            self._restart = None
+        worker, was = self._worker, self.state
+        self._set_state(WorkerState.STOPPED)
+        if worker is None:
+            return
+        worker.request_stop()
+        if was is not WorkerState.READY:
+            worker.kill()  # it is loading, and has no stream to end
+        for end in (worker.kill, lambda: None):
+            if await self._exited_within(_STOP_GRACE_S):
+                return
+            end()
+
+    async def _exited_within(self, seconds: float) -> bool:
+        try:
+            async with asyncio.timeout(seconds):
+                while self._worker is not None:
+                    self._changed.clear()
+                    await self._changed.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _spawn(self) -> None:
+        self._restart = None
+        self._generation += 1
+        self._worker = self._new_worker()
+        self._worker.start(self.spec, self._on_report)
+
+    def _on_report(self, report: Report) -> None:
+        match report["op"]:
+            case "ready":
+                self._on_worker_ready(report)
+            case "failed":
+                self._failure = report["message"]
+            case "exited":
+                self._on_worker_exit(report["status"])
+
+    def _on_worker_ready(self, report: Report) -> None:
+        worker = self._worker
+        if worker is None or self.state is WorkerState.STOPPED:
+            return
+        self.max_context = report["max_context"]
+        self._client = self._open_channel(self._generation, shared=worker.shared_memory)
+        worker.attach(self._client.channel)
+        self._ready_at = asyncio.get_running_loop().time()
+        self._set_state(WorkerState.READY)
+
+    def _on_worker_exit(self, status: int) -> None:
+        self._worker = None
+        client, self._client = self._client, None
+        if client is not None:
+            client.worker_died()
+        if self.state is WorkerState.STOPPED:
+            self._changed.set()
+        elif self.state is WorkerState.STARTING:
+            self._failure = self._failure or f"the worker ended with status {status} while it was loading"
+            self._set_state(WorkerState.FAILED)
+        else:
+            self._schedule_restart(status)
+
+    def _schedule_restart(self, status: int) -> None:
+        loop = asyncio.get_running_loop()
+        if self.state is WorkerState.READY and loop.time() - self._ready_at > _STABLE_AFTER_S:
+            self._early_deaths = 0
+        delay = _BACKOFF_S[min(self._early_deaths, len(_BACKOFF_S) - 1)]
+        self._early_deaths += 1
+        self.restarts += 1
+        model = self.spec.model
+        reason = f": {self._failure}" if self._failure else ""
+        log.error(
+            "the worker of %s %s died with status %d%s; a new one starts in %.1f s",
+            model.name, model.version, status, reason, delay,
+        )  # fmt: skip
+        self._failure = ""
+        self._set_state(WorkerState.RESTARTING)
+        self._restart = loop.call_later(delay, self._spawn)
+
+    def _set_state(self, state: WorkerState) -> None:
+        self.state = state
+        self._changed.set()

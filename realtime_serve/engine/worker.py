@@ -1,0 +1,76 @@
+"""The worker process: `python -m realtime_serve.engine.worker --control-fd N`.
+
+It is told by its control connection what to load and which channels to serve, and exits when that connection closes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import socket
+import sys
+import threading
+
+from realtime_serve._core import Channel
+from realtime_serve.engine.control import ControlSocket
+from realtime_serve.engine.launch import LoadSpec, load_runner
+from realtime_serve.engine.step_loop import StepLoop
+from realtime_serve.errors import ServeError
+
+log = logging.getLogger(__name__)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="realtime_serve.engine.worker", description="A model worker.")
+    parser.add_argument("--control-fd", type=int, required=True)
+    args = parser.parse_args(argv)
+    # A Ctrl-C goes to the whole foreground group; the supervisor decides when a worker ends.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return serve(ControlSocket(socket.socket(fileno=args.control_fd)))
+
+
+def serve(control: ControlSocket) -> int:
+    message, _ = control.receive()
+    if message is None:
+        return 0
+    spec = LoadSpec.from_message(message)
+    logging.basicConfig(level=spec.log_level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        runner = load_runner(spec)
+        loop = StepLoop(runner, spec.limits)
+    except Exception as error:
+        if not isinstance(error, ServeError):
+            log.debug("the model did not load", exc_info=True)
+        control.send({"op": "failed", "message": describe(error)})
+        return 1
+    threading.Thread(target=_listen, args=(control, loop), name="control", daemon=True).start()
+    control.send({"op": "ready", "max_context": runner.max_context})
+    loop.run()
+    runner.close()
+    return 0
+
+
+def describe(error: BaseException) -> str:
+    """One line for a person: our own errors speak for themselves, others are named."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, ServeError) else f"{type(error).__name__}: {text}"
+
+
+def _listen(control: ControlSocket, loop: StepLoop) -> None:
+    """Turns control messages into commands of the step loop, until the supervisor is gone."""
+    channels: dict[int, Channel] = {}
+    while True:
+        message, fds = control.receive()
+        if message is None or message["op"] == "stop":
+            loop.stop()
+            return
+        if message["op"] == "attach":
+            channels[message["channel"]] = channel = Channel.attach(*fds)
+            loop.attach(channel)
+        elif message["op"] == "detach":
+            loop.detach(channels.pop(message["channel"]))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What operators and load balancers ask: GET /health, /ready and /models."""
+
+from __future__ import annotations
+
+from aiohttp import web
+
+from realtime_serve.service import InferenceService
+
+
+class AdminHandlers:
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+
+    async def health(self, request: web.Request) -> web.Response:
+        """Liveness: 200 while steps make progress; 503 where a model has work and has made no step for too long."""
+        stalled = self._service.stalled_models()
+        status = "stalled" if stalled else "ok"
+        return web.json_response({"status": status, "stalled": stalled}, status=503 if stalled else 200)
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """Readiness: 200 while every model can serve and no shutdown has begun."""
+        waiting = self._service.not_ready()
+        return web.json_response({"ready": not waiting, "waiting_for": waiting}, status=503 if waiting else 200)
+
+    async def models(self, request: web.Request) -> web.Response:
+        registry = self._service.registry
+        return web.json_response(
+            {
+                "models": [
+                    {
+                        "name": model.name,
+                        "version": model.version,
+                        "active": registry.active_version(model.name) == model.version,
+                        "state": model.worker.state.value,
+                        "device": model.config.device,
+                        "max_context": model.max_context,
+                        "inference_count": model.inference_count,
+                        "total_tokens_generated": model.total_tokens_generated,
+                        "restarts": model.worker.restarts,
+                        "uptime_seconds": round(model.uptime_seconds(), 3),
+                    }
+                    for model in registry.models()
+                ]
+            }
+        )

@@ -1,0 +1,79 @@
+"""Answers: error objects, and the stream that the pump writes by itself."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from aiohttp import HttpVersion11, web
+from aiohttp.abc import AbstractStreamWriter
+
+from realtime_serve._pump import Stream
+from realtime_serve.errors import ServeError, stream_error
+
+
+def error_body(message: str, status: int) -> dict[str, Any]:
+    kind, code = _STATUS_TYPES.get(status, ("internal_error", "internal_error"))
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+_STATUS_TYPES = {
+    400: ("invalid_request_error", "bad_request"),
+    404: ("not_found_error", "route_not_found"),
+    405: ("invalid_request_error", "method_not_allowed"),
+    408: ("timeout_error", "request_timeout"),
+    413: ("invalid_request_error", "body_too_large"),
+}
+
+
+def error_response(error: ServeError) -> web.Response:
+    headers = {}
+    retry_after = getattr(error, "retry_after", None)
+    if retry_after is not None:
+        headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
+    return web.json_response(error.to_dict(), status=error.status, headers=headers)
+
+
+class EventStreamResponse(web.StreamResponse):
+    """A stream of server-sent events. Its head and body are written by the pump, straight to the transport.
+
+    The head goes out together with the first events, in one write: so an error before the first token can still be
+    answered with its own status.
+    """
+
+    def __init__(self, request: web.Request, stream: Stream, headers: dict[str, str]) -> None:
+        super().__init__(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers})
+        self._request = request
+        self._stream = stream
+        self._is_chunked = request.version >= HttpVersion11
+        self._stays_open = self._is_chunked and request.keep_alive
+
+    async def run(self) -> None:
+        """Streams to the end. Raises the stream's error where nothing has been written yet."""
+        transport = self._request.transport
+        if transport is None:
+            raise ConnectionResetError("the client left before its stream began")
+        await self._stream.write_to(transport, self._head(), self._is_chunked)
+        if self._stream.error and not self._stream.started:
+            raise stream_error(self._stream.error)
+
+    def _head(self) -> bytes:
+        framing = "Transfer-Encoding: chunked\r\n" if self._is_chunked else ""
+        connection = "" if self._stays_open else "Connection: close\r\n"
+        lines = "".join(f"{name}: {value}\r\n" for name, value in self.headers.items())
+        return f"HTTP/1.1 200 OK\r\n{lines}{framing}{connection}\r\n".encode()
+
+    @property
+    def keep_alive(self) -> bool | None:
+        return self._stays_open
+
+    @property
+    def prepared(self) -> bool:
+        return self._stream.started
+
+    async def prepare(self, request: web.BaseRequest) -> AbstractStreamWriter | None:
+        """Nothing is left to prepare: the pump has written the head."""
+        return None
+
+    async def write_eof(self, data: bytes = b"") -> None:
+        """Nothing is left to write: the pump has written the last chunk."""

@@ -1,0 +1,219 @@
+"""Models, their versions and the workers behind them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Collection
+from typing import Any
+
+from realtime_serve import hub
+from realtime_serve._pump import Stream
+from realtime_serve.config import ModelConfig
+from realtime_serve.devices import cuda_device_count
+from realtime_serve.engine.launch import NULL_MODEL, FrontTokenizer, LoadSpec, load_tokenizer
+from realtime_serve.engine.step_loop import EngineLimits
+from realtime_serve.engine.supervisor import Supervisor
+from realtime_serve.errors import ConfigError, ModelLoadError, ModelNotFoundError, ModelUnavailableError
+from realtime_serve.stream import StreamManager, TokenStream
+from realtime_serve.types import InferenceRequest, check_context
+
+log = logging.getLogger(__name__)
+
+# Encoding costs about 1 µs a character; longer texts than this are encoded in a thread.
+_ENCODE_INLINE_CHARS = 4096
+
+
+class Model:
+    """A loaded model version: its worker, its tokenizer and its counts."""
+
+    def __init__(self, config: ModelConfig, model_obj: Supervisor, tokenizer: FrontTokenizer) -> None:
+        self.config = config
+        self.worker = model_obj
+        self.health_check_passed = False
+        self.inference_count = 0
+        self.total_tokens_generated = 0
+        self._tokenizer = tokenizer
+        self._loaded_at = time.monotonic()
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def version(self) -> str:
+        return self.config.version
+
+    @property
+    def max_context(self) -> int:
+        """Positions that a sequence of this model can have, prompt included."""
+        return self.worker.max_context
+
+    def record_inference(self, tokens: int) -> None:
+        self.inference_count += 1
+        self.total_tokens_generated += tokens
+
+    def uptime_seconds(self) -> float:
+        return time.monotonic() - self._loaded_at
+
+    async def submit(self, request: InferenceRequest) -> Stream:
+        """Queues a request on this version. Raises ServeError where it cannot be served, naming the field."""
+        client = self.worker.client
+        if len(request.prompt) <= _ENCODE_INLINE_CHARS:
+            prompt_ids = self._tokenizer.encode(request.prompt)
+        else:
+            loop = asyncio.get_running_loop()
+            prompt_ids = await loop.run_in_executor(None, self._tokenizer.encode, request.prompt)
+            client = self.worker.client
+        check_context(len(prompt_ids), request.max_tokens, self.max_context)
+        return client.submit(request, prompt_ids, model=self.name, version=self.version)
+
+
+class ModelRegistry:
+    """Model versions by name; one version a name is active and gets the requests."""
+
+    def __init__(
+        self, stream_manager: StreamManager, limits: EngineLimits, *, isolation: str = "process", log_level: str = "INFO"
+    ) -> None:
+        self._streams = stream_manager
+        self._limits = limits
+        self._isolation = isolation
+        self._log_level = log_level
+        self._versions: dict[str, dict[str, Model]] = {}
+        self._active: dict[str, str] = {}
+
+    async def load_model(self, config: ModelConfig) -> Model:
+        """Loads, warms up and health-checks a version, then makes it the active one.
+
+        Raises ModelLoadError, ModelNotFoundError or PullError with the reason; everything is then as it was.
+        """
+        check_device(config)
+        if config.version in self._versions.get(config.name, {}):
+            raise ModelLoadError(f"model {config.name!r} version {config.version!r} is loaded already")
+        loop = asyncio.get_running_loop()
+        path = await loop.run_in_executor(None, resolve_model, config)
+        worker = Supervisor(
+            LoadSpec(config, self._limits, self._log_level, path),
+            self._streams.open_channel,
+            isolation=self._isolation,
+        )
+        worker.start()
+        try:
+            tokenizer = await loop.run_in_executor(None, load_tokenizer, path)
+            await worker.wait_ready()
+            model = Model(config, worker, tokenizer)
+            await self._warm_up(model)
+        except BaseException:
+            await worker.stop()
+            raise
+        model.health_check_passed = True
+        self._versions.setdefault(config.name, {})[config.version] = model
+        self._active[config.name] = config.version
+        return model
+
+    async def _warm_up(self, model: Model) -> None:
+        """One inference through the whole path: `warmup_tokens` of prompt, one token out."""
+        words = max(1, min(model.config.warmup_tokens, model.max_context - 1) // 2)
+        request = InferenceRequest("warm-up", model.name, "a " * words, max_tokens=1, temperature=0.0)
+        try:
+            async with TokenStream(await model.submit(request)) as stream:
+                async for _ in stream:
+                    pass
+        except Exception as error:
+            raise ModelLoadError(f"model {model.name!r} failed its warm-up: {error}") from error
+
+    async def unload_model(self, name: str, version: str | None = None) -> None:
+        """Stops a version's worker, or every version's. Unknown names are ignored."""
+        versions = self._versions.get(name, {})
+        for gone in [version] if version is not None else list(versions):
+            model = versions.pop(gone, None)
+            if model is not None:
+                await model.worker.stop()
+            if self._active.get(name) == gone:
+                del self._active[name]
+        if not versions:
+            self._versions.pop(name, None)
+        elif name not in self._active:
+            self._active[name] = next(reversed(versions))
+
+    def get_model(self, name: str, version: str | None = None) -> Model | None:
+        """A version of a model; the active one where none is named."""
+        wanted = self._active.get(name) if version is None else version
+        return self._versions.get(name, {}).get(wanted) if wanted is not None else None
+
+    def require_model(self, name: str | None, loading: Collection[str] = ()) -> Model:
+        """The active version of `name`; of the only model where none is named.
+
+        Raises ModelNotFoundError, or ModelUnavailableError where it is among those that are `loading`.
+        """
+        if name is None and len(self._active) == 1:
+            name = next(iter(self._active))
+        model = self.get_model(name) if name is not None else None
+        if model is None and (name in loading or (name is None and loading)):
+            raise ModelUnavailableError(f"model {name or next(iter(loading))!r} is being loaded")
+        if model is None:
+            served = ", ".join(repr(served) for served in self._active) or "none yet"
+            raise ModelNotFoundError(
+                f"model {name!r} is not served here; served: {served}"
+                if name is not None
+                else f"the request names no model; served: {served}"
+            )
+        return model
+
+    def list_models(self) -> dict[str, list[str]]:
+        return {name: list(versions) for name, versions in self._versions.items()}
+
+    def active_version(self, name: str) -> str | None:
+        return self._active.get(name)
+
+    def set_active_version(self, name: str, version: str) -> bool:
+        """False where that version is not loaded."""
+        if self.get_model(name, version) is None:
+            return False
+        self._active[name] = version
+        return True
+
+    async def health_check(self, name: str) -> bool:
+        model = self.get_model(name)
+        return model is not None and model.health_check_passed and model.worker.is_ready
+
+    def model_stats(self, name: str) -> dict[str, Any]:
+        """Raises KeyError where no such model is loaded."""
+        model = self.get_model(name)
+        if model is None:
+            raise KeyError(name)
+        count = model.inference_count
+        return {
+            "name": model.name,
+            "version": model.version,
+            "device": model.config.device,
+            "uptime_seconds": model.uptime_seconds(),
+            "inference_count": count,
+            "total_tokens_generated": model.total_tokens_generated,
+            "tokens_per_inference": model.total_tokens_generated / count if count else 0.0,
+            "healthy": model.health_check_passed and model.worker.is_ready,
+        }
+
+    def models(self) -> list[Model]:
+        return [model for versions in self._versions.values() for model in versions.values()]
+
+    async def shutdown(self) -> None:
+        await asyncio.gather(*(model.worker.stop() for model in self.models()))
+        self._versions.clear()
+        self._active.clear()
+
+
+def check_device(config: ModelConfig) -> None:
+    """Raises ConfigError, in one line with the fix, where the device is not there."""
+    kind, _, index = config.device.partition(":")
+    devices = cuda_device_count() if kind == "cuda" else 0
+    if kind == "cuda" and int(index or 0) >= devices:
+        found = f"this machine has {devices}" if devices else "no CUDA device was found on this machine"
+        raise ConfigError(f"device {config.device!r} of model {config.name!r}: {found}; use device='cpu'", field="device")
+
+
+def resolve_model(config: ModelConfig) -> str:
+    """Where the model's files are, pulled where need be. A model without a path is looked up by its name."""
+    wanted = config.model_path or config.name
+    return NULL_MODEL if wanted == NULL_MODEL else str(hub.resolve(wanted))

@@ -1,0 +1,1 @@
+"""Model runners: what turns a step's batch into sampled tokens."""

@@ -1,0 +1,261 @@
+"""The server's lifecycle: start, listen, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from realtime_serve.config import ModelConfig, ServerConfig
+from realtime_serve.errors import ConfigError, ServeError
+from realtime_serve.models import ModelRegistry, check_device
+from realtime_serve.service import InferenceService
+from realtime_serve.stream import StreamManager, TokenStream, collect
+from realtime_serve.types import InferenceRequest, InferenceResponse, StreamToken
+
+if TYPE_CHECKING:
+    from aiohttp import web
+
+log = logging.getLogger(__name__)
+
+_BACKLOG = 1024
+# Bytes that the kernel may hold for one connection beyond what its peer has acknowledged room for: the ring and the
+# sequence's pause are where a slow reader is to be felt, not megabytes of socket buffer.
+_NOTSENT_LOWAT = 64 * 1024
+_SEND_BUFFER = 64 * 1024
+_TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+
+
+class InferenceServer:
+    """Serves models over HTTP (`start`), or inside this process without (`async with`, `stream`, `infer`)."""
+
+    def __init__(
+        self,
+        config: ServerConfig | None = None,
+        max_connections: int | None = None,
+        request_timeout: float | None = None,
+        max_batch_size: int | None = None,
+        max_batch_wait_ms: int | None = None,
+    ) -> None:
+        given: dict[str, Any] = {
+            "max_connections": max_connections,
+            "request_timeout": request_timeout,
+            "max_batch_size": max_batch_size,
+            "max_batch_wait_ms": max_batch_wait_ms,
+        }
+        self.config = replace(config or ServerConfig(), **{k: v for k, v in given.items() if v is not None})
+        self._service = InferenceService(self.config)
+        self._registered: list[ModelConfig] = []
+        self._runner: web.AppRunner | None = None
+        self._socket: socket.socket | None = None
+        self._stop_requested: asyncio.Event | None = None
+        self._stopped: asyncio.Event | None = None
+        self._loads: set[asyncio.Task[Any]] = set()
+        self._is_open = False
+
+    @property
+    def model_registry(self) -> ModelRegistry:
+        return self._service.registry
+
+    @property
+    def stream_manager(self) -> StreamManager:
+        return self._service.streams
+
+    @property
+    def port(self) -> int | None:
+        """The port that is listened on; None before `start`."""
+        return self._socket.getsockname()[1] if self._socket is not None else None
+
+    def register_model(self, config: ModelConfig) -> None:
+        """Names a model to serve. Before the start it is loaded at the start; after it, at once in the background.
+
+        Raises ConfigError, in one line with the fix, where its device is not there.
+        """
+        check_device(config)
+        if not self._is_open:
+            self._registered.append(config)
+            return
+        task = asyncio.get_running_loop().create_task(self._load_in_background(config))
+        self._loads.add(task)
+        task.add_done_callback(self._loads.discard)
+
+    async def _load_in_background(self, config: ModelConfig) -> None:
+        try:
+            await self._service.load(config)
+        except ServeError as error:
+            log.error("model %s %s did not load: %s", config.name, config.version, error)
+
+    async def __aenter__(self) -> InferenceServer:
+        """Starts the models without listening. Raises what kept one from loading."""
+        await self._open()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self._close(drain_s=0.0)
+
+    async def _open(self) -> None:
+        self._is_open = True
+        try:
+            async with asyncio.TaskGroup() as loads:
+                for config in self._registered:
+                    loads.create_task(self._service.load(config))
+        except BaseExceptionGroup as group:
+            await self._close(drain_s=0.0)
+            raise group.exceptions[0] from None
+        except BaseException:
+            await self._close(drain_s=0.0)
+            raise
+
+    async def _close(self, *, drain_s: float) -> None:
+        for load in self._loads:
+            load.cancel()
+        left = await self._service.drain(drain_s)
+        if left:
+            log.warning("%d streams were still running; they end as cancelled", left)
+        await self._service.close()
+        self._is_open = False
+
+    async def stream(self, request: InferenceRequest) -> AsyncIterator[StreamToken]:
+        """The answer's tokens as they come. Leaving the iterator early cancels the sequence."""
+        model, stream = await self._service.submit(request)
+        try:
+            async with TokenStream(stream) as tokens:
+                async for token in tokens:
+                    yield token
+        finally:
+            model.record_inference(stream.token_count)
+
+    async def infer(self, request: InferenceRequest) -> InferenceResponse:
+        """The whole answer."""
+        model, stream = await self._service.submit(request)
+        try:
+            return await collect(
+                TokenStream(stream), request_id=request.request_id, model=model.name, version=model.version
+            )
+        finally:
+            model.record_inference(stream.token_count)
+
+    async def start(self, host: str | None = None, port: int | None = None) -> None:
+        """Listens and serves until `stop()`, SIGTERM or SIGINT; a second signal ends it without waiting for streams.
+
+        While the models load, /health and /ready answer and requests are refused with 503. Raises ServeError where
+        the port is in use or a model does not load.
+        """
+        host = self.config.host if host is None else host
+        self._socket = _listen(host, self.config.port if port is None else port)
+        self._stop_requested, self._stopped = asyncio.Event(), asyncio.Event()
+        try:
+            with _signals_call(self._on_signal):
+                opening = asyncio.ensure_future(self._open())
+                await asyncio.sleep(0)  # the worker processes start before aiohttp is imported: side by side
+                await self._listen_http()
+                stopping = asyncio.ensure_future(self._stop_requested.wait())
+                await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
+                if opening.done():
+                    opening.result()
+                    self._announce(host)
+                    await stopping
+                else:
+                    opening.cancel()
+                    await asyncio.gather(opening, return_exceptions=True)
+                await self._close(drain_s=self.config.graceful_shutdown_timeout)
+        finally:
+            if self._runner is not None:
+                await self._runner.cleanup()
+            self._socket.close()
+            self._socket = None
+            self._stopped.set()
+
+    async def stop(self) -> None:
+        """Ends `start`: new requests are refused, running streams finish within graceful_shutdown_timeout."""
+        if self._stop_requested is None or self._stopped is None:
+            return
+        self._stop_requested.set()
+        await self._stopped.wait()
+
+    def _on_signal(self) -> None:
+        assert self._stop_requested is not None
+        if self._stop_requested.is_set():
+            self._service.end_drain()
+        self._stop_requested.set()
+
+    async def _listen_http(self) -> None:
+        from aiohttp import web
+
+        from realtime_serve.http.app import build_app
+
+        assert self._socket is not None
+        self._runner = web.AppRunner(build_app(self._service), handler_cancellation=True, access_log=None)
+        await self._runner.setup()
+        await web.SockSite(self._runner, self._socket, backlog=_BACKLOG, shutdown_timeout=1.0).start()
+
+    def _announce(self, host: str) -> None:
+        """Says, in one screen, where the server listens and what to try."""
+        models = self._service.registry.models()
+        shown = f"localhost:{self.port}" if host in ("0.0.0.0", "::", "127.0.0.1", "localhost", "::1") else f"{host}:{self.port}"
+        lines = [f"realtime-serve listens on http://{shown}"]
+        lines += [
+            f"  {m.name} {m.version} on {m.config.device}, context {m.max_context} tokens" for m in models
+        ]
+        if models:
+            body = f'{{"model":"{models[0].name}","prompt":"The capital of France is","max_tokens":16}}'
+            lines += ["try:", f"  curl -N {shown}/infer -d '{body}'"]
+        lines.append("Ctrl-C stops it.")
+        print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+async def run_server(config: ServerConfig, models: Sequence[ModelConfig] = ()) -> None:
+    """Serves `models` until a signal. Raises ServeError where that cannot be."""
+    server = InferenceServer(config)
+    for model in models:
+        server.register_model(model)
+    await server.start()
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A bound, listening socket whose connections hold little in the kernel. Raises ConfigError naming the port."""
+    try:
+        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    except OSError as error:
+        raise ConfigError(f"host {host!r} cannot be listened on: {error.strerror}", field="host") from None
+    sock = socket.socket(family, kind, proto)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        # Accepted connections inherit these.
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
+        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _NOTSENT_LOWAT)
+        sock.bind(address)
+        sock.listen(_BACKLOG)
+    except OSError as error:
+        sock.close()
+        advice = "; stop what listens there, or choose another with --port" if error.errno == 98 else ""
+        raise ConfigError(f"port {port} on {host!r} cannot be listened on: {error.strerror}{advice}", field="port") from None
+    sock.setblocking(False)
+    return sock
+
+
+@contextlib.contextmanager
+def _signals_call(handler: Callable[[], None]):  # type: ignore[no-untyped-def]
+    """SIGTERM and SIGINT call `handler` meanwhile; elsewhere than in the main thread, signals are not ours."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    loop = asyncio.get_running_loop()
+    signals = (signal.SIGTERM, signal.SIGINT)
+    for number in signals:
+        loop.add_signal_handler(number, handler)
+    try:
+        yield
+    finally:
+        for number in signals:
+            loop.remove_signal_handler(number)

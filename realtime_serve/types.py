@@ -1,0 +1,228 @@
+"""What a request is and what its answer is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from enum import Enum
+from typing import Any
+
+from realtime_serve.errors import InvalidRequestError, PromptTooLongError
+
+# The core counts tokens in 32 bits.
+MAX_TOKEN_COUNT = 2**31 - 1
+# A day without a token is no timeout any more.
+MAX_SECONDS = 86_400.0
+# The core's bounds of stop strings.
+_MAX_STOP_STRINGS = 16
+_MAX_STOP_BYTES = 256
+_MAX_ID_BYTES = 256
+_SHOWN_CHARS = 60
+
+_INTEGERS = {"max_tokens": (1, MAX_TOKEN_COUNT), "top_k": (0, MAX_TOKEN_COUNT)}
+_NUMBERS: dict[str, tuple[float, float]] = {
+    "temperature": (0, 2),
+    "top_p": (0, 1),
+    "min_p": (0, 1),
+    # Logits are divided by it: much less would carry them out of float32.
+    "repetition_penalty": (0.01, 10),
+    "presence_penalty": (-2, 2),
+    "frequency_penalty": (-2, 2),
+    "timeout": (0.001, MAX_SECONDS),
+}
+_FLAGS = ("ignore_eos", "logprobs")
+
+
+class RequestPriority(Enum):
+    LOW = 0
+    NORMAL = 1
+    HIGH = 2
+
+
+@dataclass(slots=True)
+class InferenceRequest:
+    """A validated request. Raises InvalidRequestError, a ValueError, which names the field that is wrong."""
+
+    request_id: str
+    model: str | None
+    """None: the only model that is served."""
+    prompt: str
+    max_tokens: int = 100
+    temperature: float = 1.0
+    top_p: float = 0.95
+    priority: RequestPriority = RequestPriority.NORMAL
+    timeout: float = 30.0
+    """Seconds without a token: in the queue, until the first and between two."""
+    client_id: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
+    top_k: int = 0
+    min_p: float = 0.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    """Up to 16 strings, or one; kept as a tuple."""
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    ignore_eos: bool = False
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        _refuse("request_id", text_problem(self.request_id, _MAX_ID_BYTES))
+        if self.model is not None:
+            _refuse("model", text_problem(self.model, _MAX_ID_BYTES))
+        _refuse("prompt", text_problem(self.prompt))
+        if self.client_id != "":
+            _refuse("client_id", text_problem(self.client_id, _MAX_ID_BYTES))
+        for name, (least, most) in _INTEGERS.items():
+            _refuse(name, integer_problem(getattr(self, name), least, most))
+        for name, (low, high) in _NUMBERS.items():
+            _refuse(name, number_problem(getattr(self, name), low, high))
+        if self.seed is not None:
+            _refuse("seed", integer_problem(self.seed, 0, 2**64 - 1))
+        for name in _FLAGS:
+            _refuse(name, flag_problem(getattr(self, name)))
+        if not isinstance(self.priority, RequestPriority):
+            _refuse("priority", f"must be a RequestPriority; it is {shown(self.priority)}")
+        if not isinstance(self.metadata, dict):
+            _refuse("metadata", f"must be a dict; it is {shown(self.metadata)}")
+        self.stop = _stop_strings(self.stop)
+
+
+@dataclass(frozen=True, slots=True)
+class StreamToken:
+    token: str
+    token_id: int
+    logprob: float | None = None
+    is_special: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    """Those of the prompt whose keys and values were in the cache already."""
+
+    @property
+    def total_tokens(self) -> int:
+        return self.prompt_tokens + self.completion_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where the time went, in milliseconds."""
+
+    queue_ms: float = 0.0
+    prefill_ms: float = 0.0
+    decode_ms: float = 0.0
+    stalled_ms: float = 0.0
+    """The part of decode in which the reader had no room."""
+
+
+@dataclass(slots=True)
+class InferenceResponse:
+    request_id: str
+    model: str
+    tokens: list[StreamToken]
+    total_tokens: int
+    latency_ms: float
+    error: str | None = None
+    finish_reason: str | None = None
+    version: str = ""
+    usage: Usage = Usage()
+    timings: Timings = Timings()
+
+
+def check_context(prompt_tokens: int, max_tokens: int, max_context: int) -> None:
+    """Raises PromptTooLongError or InvalidRequestError where a model's context cannot hold prompt and answer."""
+    if prompt_tokens < 1:
+        raise InvalidRequestError("prompt has no tokens", "prompt")
+    room = max_context - prompt_tokens
+    if room < 1:
+        raise PromptTooLongError(
+            f"prompt has {prompt_tokens} tokens; the model's context of {max_context} takes prompts of at most"
+            f" {max_context - 1}"
+        )
+    if max_tokens > room:
+        raise InvalidRequestError(
+            f"max_tokens must be at most {room} here; it is {max_tokens}, and the prompt takes {prompt_tokens} of the"
+            f" model's context of {max_context} tokens",
+            "max_tokens",
+        )
+
+
+def integer_problem(value: object, low: int, high: int) -> str | None:
+    """What keeps a value from being an integer of that range; None where nothing does."""
+    if not isinstance(value, int) or isinstance(value, bool):
+        return f"must be an integer; it is {shown(value)}"
+    return _range_problem(value, low, high)
+
+
+def number_problem(value: object, low: float, high: float) -> str | None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return f"must be a number; it is {shown(value)}"
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"must be a finite number; it is {value}"
+    return _range_problem(value, low, high)
+
+
+def flag_problem(value: object) -> str | None:
+    return None if isinstance(value, bool) else f"must be true or false; it is {shown(value)}"
+
+
+def text_problem(value: object, max_bytes: int | None = None) -> str | None:
+    if not isinstance(value, str):
+        return f"must be a string; it is {shown(value)}"
+    if not value:
+        return "must not be empty"
+    try:
+        size = len(value) if value.isascii() else len(value.encode())
+    except UnicodeEncodeError as error:
+        return f"must be text; character {error.start} is half of a surrogate pair"
+    if max_bytes is not None and size > max_bytes:
+        return f"must be at most {max_bytes} bytes long; it has {size}"
+    return None
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: bounded, whatever it is."""
+    if isinstance(value, int) and value.bit_length() > _SHOWN_CHARS * 3:
+        return f"an integer of {value.bit_length()} bits"
+    if isinstance(value, str | bytes):
+        value = value[: _SHOWN_CHARS + 1]
+    elif isinstance(value, list | tuple | dict):
+        return f"a {type(value).__name__}"
+    text = repr(value)
+    return text if len(text) <= _SHOWN_CHARS else f"{text[:_SHOWN_CHARS]}…"
+
+
+def _range_problem(value: float, low: float, high: float) -> str | None:
+    if value < low:
+        return f"must be at least {_bound(low)}; it is {shown(value)}"
+    if value > high:
+        return f"must be at most {_bound(high)}; it is {shown(value)}"
+    return None
+
+
+def _bound(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def _stop_strings(value: object) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else value
+    if not isinstance(strings, list | tuple):
+        raise InvalidRequestError(f"stop must be a string or a list of strings; it is {shown(value)}", "stop")
+    if len(strings) > _MAX_STOP_STRINGS:
+        raise InvalidRequestError(f"stop must be at most {_MAX_STOP_STRINGS} strings; it has {len(strings)}", "stop")
+    for string in strings:
+        problem = text_problem(string, _MAX_STOP_BYTES)
+        if problem:
+            raise InvalidRequestError(f"each string of stop {problem}", "stop")
+    return tuple(strings)
+
+
+def _refuse(name: str, problem: str | None) -> None:
+    if problem:
+        raise InvalidRequestError(f"{name} {problem}", name)
