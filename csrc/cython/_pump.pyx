@@ -190,10 +190,10 @@ cdef class Connection:
         if self.chunk_is_open:
             self.buffer.end_chunk()
             self.chunk_is_open = False
-        data = PyBytes_FromStringAndSize(self.buffer.data(), self.buffer.size())
+        if not self.transport.is_closing():  # its handler is about to be told that the client left
+            self.transport.write(PyBytes_FromStringAndSize(self.buffer.data(), self.buffer.size()))
+            self.behind = self.transport.get_write_buffer_size() > HIGH_WATER
         self.buffer.clear()
-        self.transport.write(data)
-        self.behind = self.transport.get_write_buffer_size() > HIGH_WATER
 
     cdef bint caught_up(self):
         if self.transport.is_closing() or self.transport.get_write_buffer_size() <= LOW_WATER:

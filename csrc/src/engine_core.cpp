@@ -316,7 +316,7 @@ void EngineCore::wait() {
     }
   }
   for (const std::unique_ptr<Attached>& attached : channels_) {
-    if (attached) attached->channel->worker_bell().disarm();
+    if (attached) attached->channel->worker_bell().consume();
   }
   std::uint64_t wakes;
   while (::read(wake_fd_.get(), &wakes, sizeof wakes) > 0) {

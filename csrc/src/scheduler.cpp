@@ -108,13 +108,14 @@ void Scheduler::commit(Plan& plan, std::span<const std::int32_t> sampled, std::s
   std::size_t token = 0, sample = 0;
   for (const PlanRow& row : plan.rows) {
     Sequence& sequence = *row.sequence;
-    --sequence.in_flight;
     if (row.sample) {
       const std::uint32_t count = counts.empty() ? 1 : counts[sample];
       accept(sequence, sampled.subspan(token, count));
       token += count;
       ++sample;
     }
+    // After accept(), so that a sequence which ends there is still held by this plan, and released once.
+    --sequence.in_flight;
     if (sequence.state == SequenceState::kFinished && sequence.in_flight == 0) release(sequence);
   }
   plan.in_use = false;
