@@ -274,7 +274,7 @@ def _build(kind: type[ConfigType], given: _Settings) -> ConfigType:
 
 
 def _check_fields(config: BatchConfig | ModelConfig | ServerConfig) -> None:
-    kinds = _field_types(type(config))
+    kinds = _field_types(type(config))  # type: ignore[arg-type]  # mypy asks an instance's __hash__ of the class
     for setting in fields(config):
         problem = _problem(getattr(config, setting.name), kinds[setting.name], setting)
         if problem:

@@ -74,7 +74,12 @@ class ModelRegistry:
     """Model versions by name; one version a name is active and gets the requests."""
 
     def __init__(
-        self, stream_manager: StreamManager, limits: EngineLimits, *, isolation: str = "process", log_level: str = "INFO"
+        self,
+        stream_manager: StreamManager,
+        limits: EngineLimits,
+        *,
+        isolation: str = "process",
+        log_level: str = "INFO",
     ) -> None:
         self._streams = stream_manager
         self._limits = limits
@@ -210,7 +215,9 @@ def check_device(config: ModelConfig) -> None:
     devices = cuda_device_count() if kind == "cuda" else 0
     if kind == "cuda" and int(index or 0) >= devices:
         found = f"this machine has {devices}" if devices else "no CUDA device was found on this machine"
-        raise ConfigError(f"device {config.device!r} of model {config.name!r}: {found}; use device='cpu'", field="device")
+        raise ConfigError(
+            f"device {config.device!r} of model {config.name!r}: {found}; use device='cpu'", field="device"
+        )
 
 
 def resolve_model(config: ModelConfig) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import logging
 import signal
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -202,11 +203,13 @@ class InferenceServer:
     def _announce(self, host: str) -> None:
         """Says, in one screen, where the server listens and what to try."""
         models = self._service.registry.models()
-        shown = f"localhost:{self.port}" if host in ("0.0.0.0", "::", "127.0.0.1", "localhost", "::1") else f"{host}:{self.port}"
+        shown = (
+            f"localhost:{self.port}"
+            if host in ("0.0.0.0", "::", "127.0.0.1", "localhost", "::1")
+            else f"{host}:{self.port}"
+        )
         lines = [f"realtime-serve listens on http://{shown}"]
-        lines += [
-            f"  {m.name} {m.version} on {m.config.device}, context {m.max_context} tokens" for m in models
-        ]
+        lines += [f"  {m.name} {m.version} on {m.config.device}, context {m.max_context} tokens" for m in models]
         if models:
             body = f'{{"model":"{models[0].name}","prompt":"The capital of France is","max_tokens":16}}'
             lines += ["try:", f"  curl -N {shown}/infer -d '{body}'"]
@@ -238,14 +241,16 @@ def _listen(host: str, port: int) -> socket.socket:
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
-        advice = "; stop what listens there, or choose another with --port" if error.errno == 98 else ""
-        raise ConfigError(f"port {port} on {host!r} cannot be listened on: {error.strerror}{advice}", field="port") from None
+        advice = "; stop what listens there, or choose another with --port" if error.errno == errno.EADDRINUSE else ""
+        raise ConfigError(
+            f"port {port} on {host!r} cannot be listened on: {error.strerror}{advice}", field="port"
+        ) from None
     sock.setblocking(False)
     return sock
 
 
 @contextlib.contextmanager
-def _signals_call(handler: Callable[[], None]):  # type: ignore[no-untyped-def]
+def _signals_call(handler: Callable[[], None]) -> Iterator[None]:
     """SIGTERM and SIGINT call `handler` meanwhile; elsewhere than in the main thread, signals are not ours."""
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 from realtime_serve._pump import Stream
@@ -75,7 +76,8 @@ class InferenceService:
         self.is_draining = True
         deadline = time.monotonic() + timeout_s
         while (left := self.streams.open_count()) and time.monotonic() < deadline and not self._drain_ended.is_set():
-            await asyncio.sleep(_DRAIN_POLL_S)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._drain_ended.wait(), _DRAIN_POLL_S)
         return left
 
     def end_drain(self) -> None:

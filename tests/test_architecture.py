@@ -76,7 +76,11 @@ def test_importing_the_package_is_light(module: str) -> None:
 def test_the_core_knows_neither_python_nor_torch(path: Path) -> None:
     includes = re.findall(r'#include [<"]([^>"]+)[>"]', path.read_text())
     assert not [name for name in includes if re.match(r"(Python|pybind11|torch|ATen|c10)\b", name)]
-    assert all(name.startswith("rts/") for name in includes if name.endswith((".hpp", ".h")) and "/" in name and not name.startswith(("sys/", "linux/", "netinet/")))
+    assert all(
+        name.startswith("rts/")
+        for name in includes
+        if name.endswith((".hpp", ".h")) and "/" in name and not name.startswith(("sys/", "linux/", "netinet/"))
+    )
 
 
 def test_only_agreed_top_level_entries() -> None:

@@ -32,7 +32,7 @@ def build_app(service: InferenceService) -> web.Application:
 
 @web.middleware
 async def error_objects(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Every error on every route is one JSON object; what we did not foresee is a 500 whose traceback only the log has."""
+    """Every error on every route is one JSON object; the traceback of one we did not foresee goes to the log alone."""
     try:
         return await handler(request)
     except ServeError as error:

@@ -16,8 +16,8 @@ __all__ = ["InferBody", "check_context", "parse_infer"]
 _MAX_METADATA_BYTES = 16 * 1024
 _FIELDS = (frozenset(field.name for field in fields(InferenceRequest)) - {"request_id"}) | {"stream"}
 
-# Into plain objects: InferenceRequest checks every value by itself, for callers without HTTP as well, and decoding into a
-# struct first takes as long (0.6 µs for a body of 120 bytes either way).
+# Into plain objects: InferenceRequest checks every value by itself, for callers without HTTP as well, and decoding into
+# a struct first takes as long (0.6 µs for a body of 120 bytes either way).
 _decoder = msgspec.json.Decoder()
 
 

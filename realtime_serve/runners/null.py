@@ -11,12 +11,13 @@ import numpy as np
 
 from realtime_serve.runners.base import Int32, StepBatch
 
-_WORDS = (
+_TEXT = (
     " the of and to in is that it was for on are as with his they be at one have this from or had by hot but some what"
     " there we can out other were all your when up use word how said an each she which do their time if will way about"
     " many then them would write like so these her long make thing see him two has look more day could go come did my"
     " sound no most number who over know water than call first people may down side been now find any new work part"
-).split()
+)
+_WORDS = _TEXT.split()
 _FIRST_WORD = 256
 _EOS = _FIRST_WORD + len(_WORDS)
 

@@ -14,7 +14,10 @@ SUITES = sorted(path.stem for path in Path(__file__).parent.glob("*_test.cpp"))
 
 def _run(*command: str) -> None:
     # The cmake and ninja that the environment brings go first; the system's serve as well.
-    environment = {**os.environ, "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", "")))}
+    environment = {
+        **os.environ,
+        "PATH": os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", ""))),
+    }
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, f"{' '.join(command)}\n{done.stdout[-8000:]}{done.stderr[-8000:]}"
 

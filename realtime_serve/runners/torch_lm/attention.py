@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -108,7 +108,7 @@ def paged_attention(
     query is [1, heads, T, head_dim], key and value are [1, kv_heads, T, head_dim]; what comes back is [1, T, heads,
     head_dim].
     """
-    cache, layer = attention_step.cache, module.layer_idx
+    cache, layer = attention_step.cache, cast(int, module.layer_idx)
     cache.write(layer, attention_step.kv_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     query = query[0].transpose(0, 1)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from realtime_serve._core import GgufFile
 from transformers.models.llama.configuration_llama import LlamaConfig
 
+from realtime_serve._core import GgufFile
 from realtime_serve.errors import ModelLoadError, UnsupportedModelError
 from realtime_serve.runners.torch_lm.checkpoint import make_config
 

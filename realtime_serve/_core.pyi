@@ -1,0 +1,95 @@
+"""The C++ core of realtime_serve (csrc/bindings)."""
+
+from collections.abc import Sequence
+from typing import final
+
+import numpy as np
+import numpy.typing as npt
+
+@final
+class Channel:
+    """What one front end and one worker share."""
+
+    @staticmethod
+    def create(*, slots: int, ring_records: int, lane_bytes: int, generation: int, shared: bool) -> Channel:
+        """Makes one in shared memory, for a worker process, or in private memory, for a thread."""
+    @staticmethod
+    def attach(memory_fd: int, worker_bell_fd: int, front_bell_fd: int) -> Channel:
+        """Maps one that another process made, and takes over the descriptors, in the order of fds()."""
+    def fds(self) -> tuple[int, int, int]: ...
+    def capsule(self) -> object:
+        """The object for the pump, which shares it."""
+    @property
+    def generation(self) -> int: ...
+    @property
+    def slots(self) -> int: ...
+    @property
+    def steps(self) -> int:
+        """Steps that the worker has committed while it was attached."""
+
+@final
+class EngineCore:
+    """A worker's engine but for the model."""
+
+    def __init__(
+        self,
+        *,
+        max_batch_size: int,
+        max_step_tokens: int,
+        block_size: int,
+        num_blocks: int,
+        max_context: int,
+        max_queue: int,
+        ageing_ms: int,
+        vocabulary: Vocabulary,
+    ) -> None: ...
+    def bind_buffers(
+        self,
+        *,
+        tokens: npt.NDArray[np.int32],
+        positions: npt.NDArray[np.int32],
+        kv_slots: npt.NDArray[np.int64],
+        query_start: npt.NDArray[np.int32],
+        context_len: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int32],
+        block_table: npt.NDArray[np.int32],
+        logits_at: npt.NDArray[np.int64],
+        sampled: npt.NDArray[np.int32],
+        logprobs: npt.NDArray[np.float32],
+    ) -> None:
+        """The arrays that steps are assembled into; runners.base.StepBatch has their shapes."""
+    def attach(self, channel: Channel) -> None: ...
+    def detach(self, channel: Channel) -> None: ...
+    def schedule(self) -> tuple[int, int, int] | None:
+        """Assembles the next step: (tokens, sequences, samples), or None where there is nothing to do."""
+    def sample(self, logits: npt.NDArray[np.float32]) -> None: ...
+    def commit(self) -> None: ...
+    def abort(self) -> None: ...
+    def wait(self) -> None: ...
+    def wake(self) -> None: ...
+    def close(self) -> None: ...
+
+@final
+class Vocabulary:
+    def __init__(self, token_bytes: Sequence[bytes], special_ids: Sequence[int], eos_ids: Sequence[int]) -> None: ...
+    def __len__(self) -> int: ...
+    def bytes(self, id: int) -> bytes: ...
+    def special(self, id: int) -> bool: ...
+    def eos(self, id: int) -> bool: ...
+
+@final
+class Detokenizer:
+    def __init__(self) -> None: ...
+    def push(self, token_bytes: bytes) -> str: ...
+    def flush(self) -> str: ...
+
+@final
+class StopMatcher:
+    def __init__(self, stops: Sequence[str]) -> None: ...
+    def push(self, text: str) -> tuple[str, bool]: ...
+    def flush(self) -> str: ...
+
+def decode_byte_level(entries: list[str]) -> list[bytes]: ...
+def json_string(text: str) -> bytes: ...
+def token_event(index: int, token_id: int, text: str, logprob: float | None = None) -> bytes: ...
+def error_event(message: str, type: str, code: str, param: str | None = None) -> bytes: ...

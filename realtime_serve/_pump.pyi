@@ -1,0 +1,90 @@
+"""The event-loop side of the token path (csrc/cython/_pump.pyx)."""
+
+from asyncio import AbstractEventLoop, Transport
+from collections.abc import Sequence
+from typing import final
+
+from realtime_serve._core import Channel
+
+@final
+class Stream:
+    """A stream as its reader sees it: tokens one by one, events to a transport, or one JSON object.
+
+    `close` gives it up at any time, and must be called once it is done with.
+    """
+
+    def next_token(self) -> tuple[str, int, float | None, bool] | None:
+        """(text, token id, logprob or None, is special), or None where there is no token at the moment."""
+    async def readable(self) -> None:
+        """Waits until there may be a token, or the stream has ended."""
+    async def write_to(self, transport: Transport, head: bytes, chunked: bool) -> None:
+        """Writes the stream's events to a transport, to its end, behind `head`, which goes out with the first of them.
+
+        Where the stream fails before its first token, nothing is written.
+        """
+    async def json(self) -> bytes:
+        """The whole answer as one JSON object; empty where the stream failed."""
+    def push(self, text: str, token_id: int, logprob: float | None, special: bool) -> bool:
+        """Appends a token to a stream that Pump.open made. False: its buffer is full, or it has ended."""
+    def push_end(self) -> bool: ...
+    def close(self) -> None:
+        """Gives the stream up; what still runs for it is cancelled. May be called more than once."""
+    @property
+    def started(self) -> bool:
+        """Whether anything has been written to its transport."""
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def error(self) -> str:
+        """Why the stream failed, as a code; empty where it did not."""
+    @property
+    def finish_reason(self) -> str | None: ...
+    @property
+    def token_count(self) -> int: ...
+    @property
+    def buffered(self) -> int:
+        """Tokens that its reader has not taken."""
+    @property
+    def idle_seconds(self) -> float: ...
+    def usage(self) -> tuple[int, int, int]:
+        """(prompt tokens, completion tokens, cached tokens)."""
+    def timings(self) -> tuple[float, float, float, float]:
+        """(queue, prefill, decode, stalled), in milliseconds."""
+
+@final
+class Pump:
+    """Serves the streams of one channel. Everything of it belongs to the event loop's thread."""
+
+    def __init__(self, channel: Channel, loop: AbstractEventLoop) -> None: ...
+    def start(self) -> None: ...
+    def stop(self) -> None:
+        """Ends every open stream, as `fail` does, and leaves the channel."""
+    def fail(self) -> None:
+        """Ends every open stream with the error that its worker died."""
+    @property
+    def open_streams(self) -> int: ...
+    def submit(
+        self,
+        *,
+        request_id: str,
+        model: str,
+        version: str,
+        prompt_ids: list[int],
+        max_tokens: int,
+        temperature: float,
+        top_p: float,
+        top_k: int,
+        min_p: float,
+        repetition_penalty: float,
+        presence_penalty: float,
+        frequency_penalty: float,
+        ignore_eos: bool,
+        logprobs: bool,
+        seed: int,
+        stop: Sequence[str],
+        priority: int,
+        timeout_s: float,
+    ) -> Stream | None:
+        """Queues a request; its Stream, or None where there is no room for one more."""
+    def open(self, name: str, timeout_s: float) -> Stream | None:
+        """A stream that is fed by its own push; None where there is no room for one more."""
