@@ -1,7 +1,8 @@
 """The C++ core of realtime_serve (csrc/bindings)."""
 
-from collections.abc import Sequence
-from typing import final
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 import numpy as np
 import numpy.typing as npt
@@ -88,6 +89,48 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None: ...
     def push(self, text: str) -> tuple[str, bool]: ...
     def flush(self) -> str: ...
+
+@final
+class GgufTensor:
+    """What a GGUF file says of one tensor. It outlives its file."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Slowest dimension first, as numpy has it; () for a scalar."""
+    @property
+    def type(self) -> str:
+        """ggml's name of how the values are stored: "F32", "Q4_1", ..."""
+    @property
+    def nbytes(self) -> int:
+        """As stored."""
+
+@final
+class GgufFile:
+    """A GGUF file of version 2 or 3, mapped for reading and checked as a whole. Any number of threads may use it.
+
+    Raises RuntimeError, one line that begins with the path, for a file that cannot be opened or is not sound. The
+    mapping is there as long as the object or an array of `raw`. Replace a file that is in use by rename: a file that is
+    cut short while it is mapped kills its readers.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None: ...
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """Read-only, in the file's order, made at first use: bool, int, float, str and lists of these, which may nest.
+
+        Bytes that are not UTF-8 are U+FFFD in a text. In a list of texts (a vocabulary) and in keys, where two that
+        differ must not become one, each is a surrogate: `.encode("utf-8", "surrogateescape")` gives the bytes back.
+        """
+    @property
+    def tensors(self) -> Mapping[str, GgufTensor]:
+        """By name, read-only, in the file's order."""
+    def dequantize(self, name: str) -> npt.NDArray[np.float32]:
+        """The tensor's values in a new array of its shape. The GIL is free meanwhile.
+
+        Raises KeyError for an unknown name, RuntimeError for a type other than F32, F16, BF16, Q4_0, Q4_1 and Q8_0.
+        """
+    def raw(self, name: str) -> npt.NDArray[np.uint8]:
+        """The tensor's bytes as stored, (nbytes,): a read-only view of the mapping. KeyError for an unknown name."""
 
 def decode_byte_level(entries: list[str]) -> list[bytes]: ...
 def json_string(text: str) -> bytes: ...
