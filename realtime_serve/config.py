@@ -113,7 +113,7 @@ class ServerConfig:
         30.0, "seconds that running streams get at a shutdown", high=MAX_SECONDS
     )
     max_queue: int = _setting(1024, "requests that may wait for a place in a step", low=1, high=65_536)
-    ageing_ms: int = _setting(5000, "milliseconds after which a waiting request goes first, whatever its priority", low=1)
+    ageing_ms: int = _setting(5000, "milliseconds after which a waiting request goes first", low=1)
     stream_buffer_tokens: int = _setting(100, "tokens that a stream may be ahead of its reader", low=1, high=65_536)
     max_step_tokens: int = _setting(
         512, "tokens of a step; longer prompts are prefilled in chunks", low=1, high=1 << 20

@@ -229,8 +229,9 @@ def _listen(host: str, port: int) -> socket.socket:
     """A bound, listening socket whose connections hold little in the kernel. Raises ConfigError naming the port."""
     try:
         family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise ConfigError(f"host {host!r} cannot be listened on: {error.strerror}", field="host") from None
+    except (OSError, UnicodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no host name"
+        raise ConfigError(f"host {host!r} cannot be listened on: {reason}", field="host") from None
     sock = socket.socket(family, kind, proto)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -15,7 +15,7 @@ PACKAGE = ROOT / "realtime_serve"
 LAYERS = (
     ("_version", "_core", "errors", "types"),
     ("config", "devices"),
-    ("hub", "tokenizer", "runners"),
+    ("hub", "installer", "tokenizer", "runners"),
     ("_pump",),
     ("engine",),
     ("stream",),
@@ -24,6 +24,7 @@ LAYERS = (
     ("http",),
     ("server",),
     ("__init__",),
+    ("loadtest",),
     ("cli",),
     ("__main__",),
 )
