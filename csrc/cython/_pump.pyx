@@ -211,6 +211,7 @@ cdef class Stream:
     cdef uint32_t slot
     cdef bint is_open
     cdef bint wrote
+    cdef bint served  # to its end
     cdef Connection connection
     cdef object waiter
     # What is left of the stream once its slot is given back.
@@ -259,6 +260,7 @@ cdef class Stream:
     async def _run(self, StreamFormat format):
         self.pump.table.get().set_format(self.slot, format)
         ended = self.pump.serve(self)
+        self.pump.table.get().rings_read()
         self.pump._flush()
         if not ended:
             await self._wait()
@@ -471,6 +473,8 @@ cdef class Pump:
             else:
                 stream.wake()
             return table.ended(slot)
+        if stream.served:  # its worker announced once more what an earlier look had taken
+            return True
         if connection.behind and not connection.caught_up():
             self._retry_later(stream)
             return False
@@ -482,6 +486,7 @@ cdef class Pump:
         cdef FrameBuffer* out = connection.open()
         cdef uint32_t tokens = table.drain(slot, out[0])
         cdef bint ended = table.ended(slot)
+        stream.served = ended
         if ended and not stream.wrote and tokens == 0 and table.error(slot) != <StreamError>0:
             connection.buffer.clear()
             stream.wake()

@@ -20,7 +20,9 @@ constexpr std::uint64_t kMagic = 0x6c656e6e61686352;  // "Rchannel"
 SpscRingShape ring_shape(const ChannelConfig& config) {
   return {config.ring_bytes, config.ring_records + TokenWriter::kReservedRecords};
 }
-std::size_t ring_stride(const ChannelConfig& config) { return SpscRing<>::bytes_needed(ring_shape(config)); }
+std::size_t ring_stride(const ChannelConfig& config) {
+  return SpscRing<>::bytes_needed(ring_shape(config));
+}
 
 // Where each part lies, from the memory's start.
 struct Layout {
@@ -44,8 +46,12 @@ struct Layout {
 void check(const ChannelConfig& config) {
   const auto power_of_two = [](std::uint32_t n) { return std::has_single_bit(n) && n <= (1U << 31); };
   if (config.slots == 0 || config.slots > (1U << 20)) throw std::invalid_argument("a channel has 1 to 2^20 slots");
-  if (config.ring_records == 0) throw std::invalid_argument("a token ring holds at least 1 token");
-  if (!power_of_two(config.lane_bytes)) throw std::invalid_argument("lane_bytes must be a power of two");
+  if (config.ring_records == 0 || config.ring_records > (1U << 30)) {
+    throw std::invalid_argument("a token ring holds 1 to 2^30 tokens");
+  }
+  if (!power_of_two(config.lane_bytes) || config.lane_bytes < kCacheLine) {
+    throw std::invalid_argument("lane_bytes must be a power of two of 64 or more");
+  }
   if (!power_of_two(config.ring_bytes) || config.ring_bytes < 8 * kMaxTokenRecordBytes) {
     throw std::invalid_argument("ring_bytes must be a power of two with room for the longest tokens");
   }
@@ -56,7 +62,9 @@ int checked(int fd, const char* what) {
   return fd;
 }
 
-FileDescriptor new_event() { return FileDescriptor(checked(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd")); }
+FileDescriptor new_event() {
+  return FileDescriptor(checked(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK), "eventfd"));
+}
 
 std::byte* map(std::size_t bytes, int fd) {
   const int flags = fd < 0 ? MAP_PRIVATE | MAP_ANONYMOUS : MAP_SHARED;
@@ -74,12 +82,14 @@ std::shared_ptr<Channel> Channel::create(const ChannelConfig& config, bool share
   channel->worker_bell_fd_ = new_event();
   channel->front_bell_fd_ = new_event();
   if (shared) {
-    channel->memory_fd_ = FileDescriptor(checked(::memfd_create("realtime-serve-channel", MFD_CLOEXEC), "memfd_create"));
+    channel->memory_fd_ =
+        FileDescriptor(checked(::memfd_create("realtime-serve-channel", MFD_CLOEXEC), "memfd_create"));
     checked(::ftruncate(channel->memory_fd_.get(), static_cast<off_t>(layout.bytes)), "sizing a channel");
   }
   channel->memory_ = map(layout.bytes, channel->memory_fd_.get());
   channel->mapped_ = layout.bytes;
-  channel->lay_out(config);
+  channel->config_ = config;
+  channel->lay_out();
 
   auto* header = new (channel->memory_) ChannelHeader;
   header->magic = kMagic;
@@ -108,22 +118,29 @@ std::shared_ptr<Channel> Channel::attach(int memory_fd, int worker_bell_fd, int 
     throw std::runtime_error("a channel of layout " + std::to_string(header.layout_version) + "; this worker knows " +
                              std::to_string(kLayoutVersion));
   }
-  check(header.config);
-  if (Layout(header.config).bytes != bytes) throw std::runtime_error("not a channel: its memory has another size");
-  channel->lay_out(header.config);
+  channel->config_ = header.config;
+  try {
+    check(channel->config_);
+  } catch (const std::invalid_argument& wrong) {
+    throw std::runtime_error(std::string("not a channel: ") + wrong.what());
+  }
+  if (header.bytes != bytes || Layout(channel->config_).bytes != bytes) {
+    throw std::runtime_error("not a channel: its memory has another size");
+  }
+  channel->lay_out();
   return channel;
 }
 
-void Channel::lay_out(const ChannelConfig& config) {
-  const Layout layout(config);
-  lanes_ = LaneSet<>(memory_ + layout.lanes, config.lane_bytes);
+void Channel::lay_out() {
+  const Layout layout(config_);
+  lanes_ = LaneSet<>(memory_ + layout.lanes, config_.lane_bytes);
   ready_ = reinterpret_cast<std::atomic<std::uint64_t>*>(memory_ + layout.ready);
   controls_ = reinterpret_cast<SlotControl*>(memory_ + layout.controls);
   rings_ = memory_ + layout.rings;
 }
 
 SpscRing<> Channel::token_ring(std::uint32_t slot) const {
-  return {rings_ + slot * ring_stride(config()), ring_shape(config())};
+  return {rings_ + slot * ring_stride(config_), ring_shape(config_)};
 }
 
 Channel::~Channel() {
@@ -144,8 +161,7 @@ void Channel::set_flag(std::uint32_t slot, SlotControl::Flag flag, bool on) {
   } else {
     flags.fetch_and(~std::uint32_t{flag}, std::memory_order_relaxed);
   }
-  // (3) release: whoever sees the new epoch (4) sees the flag.
-  header().control_epoch.fetch_add(1, std::memory_order_release);
+  header().control_epoch.fetch_add(1, std::memory_order_release);  // (3)
   worker_bell().ring();
 }
 

@@ -88,8 +88,9 @@ void EngineCore::take_in() {
     Attached& from = *attached;
     waiting_.drain(from.channel->lanes(), [&](std::span<const std::byte> record) { return parse(from, record); });
     if (epoch == from.control_epoch) continue;
-    from.control_epoch = epoch;
     apply_flags(from);
+    // Where the queue is full, a flag may be that of a request still in its lane: then it is looked for again.
+    if (from.channel->lanes().empty()) from.control_epoch = epoch;
   }
   resume_stalled();
   collect_released();
@@ -225,8 +226,8 @@ void EngineCore::abort() {
 }
 
 void EngineCore::publish(Sequence& sequence, float logprob, std::int64_t now_ns) {
+  if (!owns_slot(sequence)) return;
   Attached& to = *channels_[sequence.channel];
-  if (to.sequences[sequence.slot] != &sequence) return;  // its stream has ended already
   TokenWriter& writer = to.writers[sequence.slot];
   if (sequence.first_token_ns == 0) sequence.first_token_ns = now_ns;
   sequence.last_token_ns = now_ns;
@@ -235,6 +236,8 @@ void EngineCore::publish(Sequence& sequence, float logprob, std::int64_t now_ns)
     const std::int32_t token = sequence.tokens[sequence.prompt_tokens + sequence.published];
     const bool is_last = sequence.finish != FinishReason::kNone && sequence.published + 1 == sequence.generated();
     if (publisher_.publish(sequence, writer, token, shown, is_last) == FinishReason::kStop) {
+      // Its last token may be both. A stop is the better news: the answer is whole.
+      if (sequence.finish == FinishReason::kLength) sequence.finish = FinishReason::kStop;
       finish(sequence, FinishReason::kStop);
       return;
     }
@@ -260,7 +263,7 @@ void EngineCore::resume_stalled() {
   for (const std::unique_ptr<Attached>& attached : channels_) {
     if (attached) attached->channel->header().worker_stalled.store(1, std::memory_order_relaxed);
   }
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // (5)
   const std::int64_t now_ns = clock_.now_ns();
   std::erase_if(stalled_, [&](Sequence* sequence) {
     if (!channels_[sequence->channel]->writers[sequence->slot].has_room()) return false;
@@ -276,9 +279,15 @@ void EngineCore::finish(Sequence& sequence, FinishReason reason, StreamError err
   end_stream(sequence);
 }
 
+// False: its stream has ended already, or its channel was detached.
+bool EngineCore::owns_slot(const Sequence& sequence) const {
+  const Attached* const of = channels_[sequence.channel].get();
+  return of != nullptr && of->sequences[sequence.slot] == &sequence;
+}
+
 void EngineCore::end_stream(Sequence& sequence) {
+  if (!owns_slot(sequence)) return;
   Attached& to = *channels_[sequence.channel];
-  if (to.sequences[sequence.slot] != &sequence) return;
   to.sequences[sequence.slot] = nullptr;
   const std::int64_t now_ns = clock_.now_ns();
   if (sequence.stalled_since_ns != 0) {

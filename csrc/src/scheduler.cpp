@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <utility>
 
 namespace rts {
 
@@ -9,6 +10,9 @@ Scheduler::Scheduler(const SchedulerConfig& config, BlockPool& blocks, AgeingHea
     : config_(config), blocks_(blocks), waiting_(waiting) {
   if (config.max_sequences == 0 || config.token_budget == 0 || config.block_size == 0 || config.max_context == 0) {
     throw std::invalid_argument("a scheduler needs at least one sequence, token, position and context");
+  }
+  if (std::uint64_t{blocks.size()} * config.block_size < config.max_context) {
+    throw std::invalid_argument("the KV blocks must hold one sequence of max_context, or it could never be admitted");
   }
   for (Plan& plan : plans_) plan.rows.reserve(config.max_sequences);
   running_.reserve(config.max_sequences);
@@ -22,10 +26,9 @@ std::uint32_t Scheduler::runnable(const Sequence& sequence) const {
   return static_cast<std::uint32_t>(sequence.tokens.size()) + sequence.pending - sequence.scheduled;
 }
 
-std::uint32_t Scheduler::worst_case_blocks(const Sequence& sequence) const {
+std::uint32_t Scheduler::most_positions(const Sequence& sequence) const {
   const std::uint64_t most = std::uint64_t{sequence.prompt_tokens} + static_cast<std::uint32_t>(sequence.sampling.max_tokens);
-  const std::uint64_t positions = std::min<std::uint64_t>(most, config_.max_context);
-  return static_cast<std::uint32_t>((positions + config_.block_size - 1) / config_.block_size);
+  return static_cast<std::uint32_t>(std::min<std::uint64_t>(most, config_.max_context));
 }
 
 Plan* Scheduler::schedule(std::int64_t now_ns) {
@@ -70,8 +73,11 @@ Plan* Scheduler::schedule(std::int64_t now_ns) {
 
 bool Scheduler::admit(Sequence& sequence, std::int64_t now_ns) {
   if (free_rows_.empty()) return false;
-  const std::uint32_t blocks = worst_case_blocks(sequence);
+  const std::uint32_t positions = most_positions(sequence);
+  const std::uint32_t blocks = (positions + config_.block_size - 1) / config_.block_size;
   if (!blocks_.reserve(blocks)) return false;
+  sequence.blocks.reserve(blocks);
+  sequence.tokens.reserve(positions);
   sequence.reserved_blocks = blocks;
   sequence.row = free_rows_.back();
   free_rows_.pop_back();
@@ -123,9 +129,13 @@ void Scheduler::commit(Plan& plan, std::span<const std::int32_t> sampled, std::s
 
 void Scheduler::accept(Sequence& sequence, std::span<const std::int32_t> tokens) {
   if (sequence.state == SequenceState::kFinished) return;
+  if (sequence.void_samples > 0) {
+    --sequence.void_samples;
+    return;
+  }
   --sequence.pending;
+  if (tokens.size() != 1) sequence.void_samples = std::exchange(sequence.pending, 0);
   if (tokens.empty()) {
-    // Its last position is run again; what a plan in flight has built on it counts for nothing.
     sequence.scheduled = static_cast<std::uint32_t>(sequence.tokens.size()) - 1;
     return;
   }
@@ -168,7 +178,11 @@ void Scheduler::release(Sequence& sequence) {
 void Scheduler::compact_running() {
   if (!has_finished_) return;
   has_finished_ = false;
-  std::erase_if(running_, [](const Sequence* sequence) { return sequence->state == SequenceState::kFinished; });
+  const auto is_finished = [](const Sequence* sequence) { return sequence->state == SequenceState::kFinished; };
+  // The next in turn stays the same sequence.
+  const auto turn = running_.begin() + static_cast<std::ptrdiff_t>(std::min(first_decode_, running_.size()));
+  first_decode_ -= static_cast<std::size_t>(std::count_if(running_.begin(), turn, is_finished));
+  std::erase_if(running_, is_finished);
 }
 
 Plan* Scheduler::free_plan() {

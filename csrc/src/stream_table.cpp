@@ -165,8 +165,7 @@ bool StreamTable::arm() {
 void StreamTable::disarm() { channel_->front_bell().disarm(); }
 
 void StreamTable::rings_read() {
-  // Pairs with the worker's fence between raising worker_stalled and looking at its rings: one of us sees the other.
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // (6)
   auto& stalled = channel_->header().worker_stalled;
   if (stalled.load(std::memory_order_relaxed) == 0) return;
   stalled.store(0, std::memory_order_relaxed);

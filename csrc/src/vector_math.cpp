@@ -1,6 +1,7 @@
 #include "rts/vector_math.hpp"
 
 #include <algorithm>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -14,68 +15,66 @@
 #endif
 #define RTS_INLINE __attribute__((always_inline)) inline
 
+// The loops are plain ones that the compiler makes into vectors of the clone's width: one element is like another, or
+// the reduction is of integers, whose order is free.
 namespace rts {
 namespace {
 
 constexpr std::size_t kLanes = 16;
-using Floats = float __attribute__((vector_size(kLanes * sizeof(float))));
-using Ints = std::int32_t __attribute__((vector_size(kLanes * sizeof(std::int32_t))));
 
-constexpr float kLargest = std::numeric_limits<float>::max();
-constexpr float kRuledOut = -std::numeric_limits<float>::infinity();
-
-// The last lanes of a row whose length is no multiple of theirs are filled up with what changes no result.
-RTS_INLINE void load(Floats& lanes, const float* from, std::size_t count) {
-  if (count >= kLanes) {
-    std::memcpy(&lanes, from, sizeof lanes);
-    return;
-  }
-  for (std::size_t i = 0; i < kLanes; ++i) lanes[i] = i < count ? from[i] : kRuledOut;
-}
+// Floats as integers of the same order: -NaN, -infinity, ..., -0, +0, ..., +infinity, NaN.
+RTS_INLINE constexpr std::int32_t in_order(std::int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
+constexpr std::int32_t in_order(float value) { return in_order(std::bit_cast<std::int32_t>(value)); }
 
 // Cody and Waite's reduction to |r| <= ln(2)/2 and a polynomial of degree 6 (the coefficients of Cephes' expf, Moshier
 // 1989). x is 0 or less.
-RTS_INLINE void exp_in_place(Floats& x) {
+RTS_INLINE float exp_or_zero(float x) {
   constexpr float kLog2E = 1.44269504088896341F;
   constexpr float kLn2High = 0.693359375F, kLn2Low = -2.12194440e-4F;
   constexpr float kRound = 12582912.0F;  // 1.5 * 2^23: adding it leaves the nearest integer in the low bits
   constexpr float kSmallest = -87.0F;
-  const Ints vanishes = x < kSmallest;
-  x = vanishes ? Floats{} + kSmallest : x;
-  const Floats rounded = x * kLog2E + kRound;
-  const Floats n = rounded - kRound;
-  const Floats r = x - n * kLn2High - n * kLn2Low;
-  Floats p = r * 1.9875691500e-4F + 1.3981999507e-3F;
+  const bool vanishes = x < kSmallest;
+  x = vanishes ? kSmallest : x;
+  const float rounded = x * kLog2E + kRound;
+  const float n = rounded - kRound;
+  const float r = x - n * kLn2High - n * kLn2Low;
+  float p = r * 1.9875691500e-4F + 1.3981999507e-3F;
   p = p * r + 8.3334519073e-3F;
   p = p * r + 4.1665795894e-2F;
   p = p * r + 1.6666665459e-1F;
   p = p * r + 5.0000001201e-1F;
   p = p * (r * r) + r + 1.0F;
-  Ints bits, exponent;
-  std::memcpy(&bits, &p, sizeof bits);
-  std::memcpy(&exponent, &rounded, sizeof exponent);
-  bits = vanishes ? Ints{} : bits + (exponent << 23);
-  std::memcpy(&x, &bits, sizeof x);
+  const std::uint32_t bits = std::bit_cast<std::uint32_t>(p) + (std::bit_cast<std::uint32_t>(rounded) << 23);
+  return std::bit_cast<float>(vanishes ? 0U : bits);
+}
+
+RTS_INLINE double sum_of(const float* weights, std::size_t count) {
+  float sums[kLanes] = {};
+  const std::size_t whole = count / kLanes * kLanes;
+  for (std::size_t i = 0; i < whole; i += kLanes) {
+    for (std::size_t lane = 0; lane < kLanes; ++lane) sums[lane] += weights[i + lane];
+  }
+  for (std::size_t i = whole; i < count; ++i) sums[i - whole] += weights[i];
+  double total = 0;
+  for (const float sum : sums) total += sum;
+  return total;
 }
 
 }  // namespace
 
 RTS_FOR_EACH_ISA
 float max_or_nan(std::span<const float> values) noexcept {
-  Floats largest = Floats{} + kRuledOut;
-  Ints ordinary = Ints{} - 1;
-  for (std::size_t i = 0; i < values.size(); i += kLanes) {
-    Floats lanes;
-    load(lanes, values.data() + i, values.size() - i);
-    ordinary &= lanes <= kLargest;
-    largest = lanes > largest ? lanes : largest;
+  constexpr std::int32_t kRuledOut = in_order(-std::numeric_limits<float>::infinity());
+  constexpr std::int32_t kInfinite = in_order(std::numeric_limits<float>::infinity());
+  std::int32_t largest = kRuledOut, smallest = kRuledOut;
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    std::int32_t bits;
+    std::memcpy(&bits, &values[i], sizeof bits);
+    largest = std::max(largest, in_order(bits));
+    smallest = std::min(smallest, in_order(bits));
   }
-  float result = kRuledOut;
-  for (std::size_t i = 0; i < kLanes; ++i) {
-    if (ordinary[i] == 0) return std::numeric_limits<float>::quiet_NaN();
-    result = std::max(result, largest[i]);
-  }
-  return result;
+  if (largest >= kInfinite || smallest < kRuledOut) return std::numeric_limits<float>::quiet_NaN();
+  return std::bit_cast<float>(in_order(largest));
 }
 
 RTS_FOR_EACH_ISA
@@ -83,15 +82,9 @@ std::size_t find_first(std::span<const float> values, float value) noexcept {
   constexpr std::size_t kStride = 8 * kLanes;
   std::size_t i = 0;
   for (; i + kStride <= values.size(); i += kStride) {
-    Ints found{};
-    for (std::size_t j = 0; j < kStride; j += kLanes) {
-      Floats lanes;
-      std::memcpy(&lanes, values.data() + i + j, sizeof lanes);
-      found |= lanes == value;
-    }
-    std::int32_t any = 0;
-    for (std::size_t lane = 0; lane < kLanes; ++lane) any |= found[lane];
-    if (any != 0) break;
+    std::int32_t found = 0;
+    for (std::size_t j = 0; j < kStride; ++j) found |= values[i + j] == value ? 1 : 0;
+    if (found != 0) break;
   }
   while (i < values.size() && values[i] != value) ++i;
   return i;
@@ -100,22 +93,14 @@ std::size_t find_first(std::span<const float> values, float value) noexcept {
 RTS_FOR_EACH_ISA
 double exp_weights(std::span<const float> values, float shift, float scale, std::span<float> weights,
                    std::span<double> block_sums) noexcept {
+  const float* const in = values.data();
+  float* const out = weights.data();
   double total = 0;
   for (std::size_t start = 0, block = 0; start < values.size(); start += kWeightBlock, ++block) {
-    const std::size_t end = std::min(values.size(), start + kWeightBlock);
-    Floats sum{};
-    for (std::size_t i = start; i < end; i += kLanes) {
-      Floats x;
-      load(x, values.data() + i, end - i);
-      x = (x - shift) * scale;
-      exp_in_place(x);
-      std::memcpy(weights.data() + i, &x, std::min(kLanes, end - i) * sizeof(float));
-      sum += x;
-    }
-    double block_sum = 0;
-    for (std::size_t lane = 0; lane < kLanes; ++lane) block_sum += sum[lane];
-    block_sums[block] = block_sum;
-    total += block_sum;
+    const std::size_t count = std::min(values.size() - start, kWeightBlock);
+    for (std::size_t i = start; i < start + count; ++i) out[i] = exp_or_zero((in[i] - shift) * scale);
+    block_sums[block] = sum_of(out + start, count);
+    total += block_sums[block];
   }
   return total;
 }

@@ -3,6 +3,7 @@
 #include <array>
 #include <stdexcept>
 
+#include "rts/detokenizer.hpp"
 #include "rts/request.hpp"
 
 namespace rts {
@@ -37,6 +38,15 @@ std::size_t next_character(std::string_view text, std::size_t& at) {
   return (lead & 0x1FU) << 6 | (second & 0x3FU);
 }
 
+// What a token becomes by itself: three bytes for each that is no UTF-8.
+std::size_t text_bytes(std::string_view token) {
+  Detokenizer detokenizer;
+  std::string text;
+  detokenizer.push(token, text);
+  detokenizer.flush(text);
+  return text.size();
+}
+
 }  // namespace
 
 Vocabulary::Vocabulary(const std::vector<std::string>& token_bytes, const std::vector<std::int32_t>& special_ids,
@@ -50,9 +60,10 @@ Vocabulary::Vocabulary(const std::vector<std::string>& token_bytes, const std::v
   for (std::size_t id = 0; id < token_bytes.size(); ++id) {
     if ((flags_[id] & kSpecial) == 0) {
       const std::string& token = token_bytes[id];
-      if (token.size() > kMaxTokenBytes) {
-        throw std::invalid_argument("token " + std::to_string(id) + " has " + std::to_string(token.size()) +
-                                    " bytes; at most " + std::to_string(kMaxTokenBytes) + " can be served");
+      const std::size_t text = token.size() > kMaxTokenBytes / 3 ? text_bytes(token) : 0;
+      if (text > kMaxTokenBytes) {
+        throw std::invalid_argument("token " + std::to_string(id) + " has " + std::to_string(text) +
+                                    " bytes of text; at most " + std::to_string(kMaxTokenBytes) + " can be served");
       }
       bytes_ += token;
     }

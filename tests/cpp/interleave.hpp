@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <limits>
 #include <memory>
 #include <random>
 #include <string>
@@ -22,8 +23,8 @@
 #endif
 
 // A deterministic scheduler for code whose atomics are a template parameter. "Threads" are fibers of one OS thread; who
-// goes on is decided before and after each atomic operation, by a schedule that can be enumerated, drawn from a seed and
-// printed. It checks the algorithm under sequential consistency; memory orders are ThreadSanitizer's business.
+// goes on is decided before and after each atomic operation, by a schedule that can be enumerated, drawn from a seed
+// and printed. It checks the algorithm under sequential consistency; memory orders are ThreadSanitizer's business.
 namespace rts::test {
 
 // A sequence of decisions, each among some number of options. 0 means: the one that runs goes on.
@@ -108,7 +109,7 @@ class Interleaver {
   static constexpr std::size_t kStackBytes = 256 << 10;
   static constexpr int kMaxSwitches = 100'000;
 
-  // Switching stacks, with the sanitizers told.
+  // A stack to run on, with the sanitizers told of the switches.
   class Context {
    public:
     void enter_as_main() {
@@ -167,21 +168,35 @@ class Interleaver {
   };
 
   struct Fiber {
-    explicit Fiber(std::function<void()> fn) : body(std::move(fn)) { context.prepare(&Interleaver::enter_fiber); }
+    explicit Fiber(std::function<void()> fn) : body(std::move(fn)) {
+      if (idle_.empty()) {
+        context = std::make_unique<Context>();
+        context->prepare(&Interleaver::enter_fiber);
+      } else {
+        context = std::move(idle_.back());
+        idle_.pop_back();
+      }
+    }
+    ~Fiber() {
+      if (done) idle_.push_back(std::move(context));
+    }
     bool runnable() const { return !done && (!awaits || awaits()); }
 
     std::function<void()> body;
     std::function<bool()> awaits;
     bool done = false;
-    Context context;
+    std::unique_ptr<Context> context;
   };
 
+  // One fiber after the other: a new stack costs ThreadSanitizer a millisecond.
   static void enter_fiber() {
-    Interleaver& self = *active_;
-    self.running_->context.arrive();
-    self.running_->body();
-    self.running_->done = true;
-    self.switch_away();
+    active_->running_->context->arrive();
+    while (true) {
+      Interleaver& self = *active_;
+      self.running_->body();
+      self.running_->done = true;
+      self.switch_away();
+    }
   }
 
   void switch_away() {
@@ -189,7 +204,7 @@ class Interleaver {
     Fiber* const to = choose(from);
     if (to == from) return;
     running_ = to;
-    (from == nullptr ? main_ : from->context).switch_to(to == nullptr ? main_ : to->context);
+    (from == nullptr ? main_ : *from->context).switch_to(to == nullptr ? main_ : *to->context);
   }
 
   // None: back to run().
@@ -219,6 +234,7 @@ class Interleaver {
   }
 
   static inline Interleaver* active_ = nullptr;
+  static inline std::vector<std::unique_ptr<Context>> idle_;  // whose fibers have ended
 
   Schedule& schedule_;
   int preemptions_left_;

@@ -32,12 +32,14 @@ struct Ticket {
 template <class T>
 class AgeingHeap {
  public:
-  // Names an entry while it is in the heap, and nothing ever after. Never 0.
+  // Names an entry while it is in the heap, and nothing after, until its place was taken 2^32 times more. Never 0.
   using Handle = std::uint64_t;
 
-  AgeingHeap(std::size_t capacity, std::int64_t ageing_ns) : ageing_ns_(ageing_ns), nodes_(capacity) {
+  // Throws std::invalid_argument for a capacity of 2^32 - 1 or more, or a negative ageing.
+  AgeingHeap(std::size_t capacity, std::int64_t ageing_ns) : ageing_ns_(ageing_ns) {
     if (capacity >= kNone) throw std::invalid_argument("an AgeingHeap's capacity must fit 32 bits");
     if (ageing_ns < 0) throw std::invalid_argument("ageing_ns must not be negative");
+    nodes_ = std::vector<Node>(capacity);
     heap_.reserve(capacity);
     free_.reserve(capacity);
     for (auto index = static_cast<Index>(capacity); index-- > 0;) free_.push_back(index);
@@ -156,7 +158,7 @@ class AgeingHeap {
     }
     --sizes_[level(node.ticket.priority)];
     node.value.reset();
-    ++node.generation;
+    if (++node.generation == 0) node.generation = 1;
     free_.push_back(index);
   }
 

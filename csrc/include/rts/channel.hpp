@@ -39,11 +39,14 @@ struct ChannelHeader {
 
   DoorbellFlag worker_bell;
   DoorbellFlag front_bell;
-  // Raised by the front end after any change of a slot's flags, so that the worker need not look at every slot.
+  // Raised by the front end after any change of a slot's flags, so that the worker need not look at every slot:
+  // set_flag() releases it (3), the worker acquires it (4) and then looks at the flags.
   alignas(kCacheLine) std::atomic<std::uint32_t> control_epoch{0};
-  // 1 while a sequence waits for room in its token ring: the front end then rings after it has made some.
+  // 1 while a sequence waits for room in its token ring: the front end then rings after it has made some. The worker's
+  // seq_cst fence (5), between raising it and looking at the rings, pairs with the front end's (6), between giving room
+  // back and looking at it: one of them sees the other.
   alignas(kCacheLine) std::atomic<std::uint32_t> worker_stalled{0};
-  // Raised by the worker at each committed step; the front end's measure of progress.
+  // Raised by the worker at each committed step; the front end's measure of progress. Relaxed: it orders nothing.
   alignas(kCacheLine) std::atomic<std::uint64_t> steps{0};
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
@@ -53,16 +56,18 @@ static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 // Channel. A channel serves one incarnation of a worker, so nothing in it is ever reset.
 class Channel {
  public:
+  // Throws std::invalid_argument for a shape that no channel can have.
   static std::shared_ptr<Channel> create(const ChannelConfig& config, bool shared);
-  // Maps a channel that another process created. Takes over the descriptors, in the order in which fds() gives them.
-  // Throws std::runtime_error where the memory is not a channel of this layout.
+  // Maps a channel that another process created. Takes over the descriptors, also where it throws: std::runtime_error,
+  // where the memory is not a channel of this layout.
   static std::shared_ptr<Channel> attach(int memory_fd, int worker_bell_fd, int front_bell_fd);
 
   ~Channel();
   Channel(const Channel&) = delete;
   Channel& operator=(const Channel&) = delete;
 
-  const ChannelConfig& config() const { return header().config; }
+  // This side's own copy, which a broken peer cannot change.
+  const ChannelConfig& config() const { return config_; }
   ChannelHeader& header() const { return *reinterpret_cast<ChannelHeader*>(memory_); }
   // The front end pushes, the worker reads.
   LaneSet<>& lanes() { return lanes_; }
@@ -73,21 +78,24 @@ class Channel {
   Doorbell worker_bell() const { return {&header().worker_bell, worker_bell_fd_.get()}; }
   Doorbell front_bell() const { return {&header().front_bell, front_bell_fd_.get()}; }
 
-  // Which slots have records that the front end has not seen: set by the worker after it has published, taken by the
-  // front end a word at a time. A bit that is set twice is one visit, so it is bounded and cannot overflow.
-  // Wait-free. (1) release: what was published to the slot's ring before is visible to whoever takes the bit (2).
+  // Which slots have records that the front end has not seen: set by whoever has published, taken by the front end a
+  // word at a time. A bit that is set twice is one visit, so it is bounded and cannot overflow.
+  // Wait-free, any thread. (1) release: what was published to the slot's ring before is visible to whoever takes the
+  // bit (2).
   void mark_ready(std::uint32_t slot) const {
     ready_[slot / 64].fetch_or(std::uint64_t{1} << (slot % 64), std::memory_order_release);
   }
-  // Wait-free. (2) acquire, pairs with (1).
+  // Wait-free, the front end's thread. (2) acquire, pairs with (1).
   std::uint64_t take_ready(std::uint32_t word) const {
     if (ready_[word].load(std::memory_order_relaxed) == 0) return 0;
     return ready_[word].exchange(0, std::memory_order_acquire);
   }
+  // Wait-free, any thread. Orders nothing: it is asked after the front bell was armed, and that acquires.
   bool any_ready() const;
   std::uint32_t ready_words() const { return (config().slots + 63) / 64; }
 
-  // Sets or clears one of a slot's flags and tells the worker. Wait-free but for the doorbell's system call.
+  // Sets or clears one of a slot's flags and tells the worker. Any thread; wait-free but for the doorbell's system
+  // call. (3) release, of the epoch: the worker that acquires it (4) sees the flag.
   void set_flag(std::uint32_t slot, SlotControl::Flag flag, bool on);
 
   int memory_fd() const { return memory_fd_.get(); }
@@ -96,12 +104,13 @@ class Channel {
 
  private:
   Channel() = default;
-  void lay_out(const ChannelConfig& config);
+  void lay_out();
   SpscRing<> token_ring(std::uint32_t slot) const;
 
   FileDescriptor memory_fd_, worker_bell_fd_, front_bell_fd_;
   std::byte* memory_ = nullptr;
   std::size_t mapped_ = 0;
+  ChannelConfig config_;
   LaneSet<> lanes_;
   std::atomic<std::uint64_t>* ready_ = nullptr;
   SlotControl* controls_ = nullptr;

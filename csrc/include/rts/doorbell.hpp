@@ -50,7 +50,8 @@ class BasicDoorbell {
   // Ends what arm() began without a sleep, and without a system call: a ring in between wakes the next sleep for
   // nothing. Wait-free.
   void disarm() const noexcept { flag_->waiting.exchange(0, std::memory_order_acq_rel); }  // (2)
-  // Ends a sleep: disarms and empties the eventfd, which would wake every later sleep.
+  // Ends a sleep: disarms and empties the eventfd, which would wake every later sleep. Wait-free but for the system
+  // call.
   void consume() const noexcept {
     disarm();
     eventfd::drain(fd_);

@@ -70,6 +70,7 @@ class EngineCore {
   using Waiting = std::tuple<Ticket, Sequence*, std::uint64_t*>;
 
   void take_in();
+  void drain(Attached& from);
   std::optional<Waiting> parse(Attached& from, std::span<const std::byte> record);
   bool parse_body(const SubmitHeader& header, std::span<const std::byte> body, Sequence& sequence) const;
   void apply_flags(Attached& channel);
@@ -77,6 +78,7 @@ class EngineCore {
   void publish(Sequence& sequence, float logprob, std::int64_t now_ns);
   void stall(Sequence& sequence, std::int64_t now_ns);
   void finish(Sequence& sequence, FinishReason reason, StreamError error = StreamError::kNone);
+  bool owns_slot(const Sequence& sequence) const;
   void end_stream(Sequence& sequence);
   void collect_released();
   void ring_front_ends();

@@ -24,7 +24,8 @@ namespace rts {
 // leaves its own lanes readable up to what it had published, and no other producer's is touched.
 //
 // The object holds both sides' handles, on cache lines of their own. Where the sides are two processes, each has an
-// object over the same memory and uses one half of it.
+// object over the same memory and uses one half of it. All that the sides share are the rings: the memory orders are
+// spsc_ring.hpp's (1) to (4).
 template <class Atomics = StdAtomics>
 class LaneSet {
  public:

@@ -96,6 +96,6 @@ static_assert(sizeof(EndExtension) == 40 && std::is_trivially_copyable_v<EndExte
 // Bounds of a request, checked where it enters; they bound what a token record can hold back.
 inline constexpr std::size_t kMaxStopStrings = 16;
 inline constexpr std::size_t kMaxStopBytes = 256;   // each
-inline constexpr std::size_t kMaxTokenBytes = 1024;  // the longest vocabulary entry that is served
+inline constexpr std::size_t kMaxTokenBytes = 1024;  // the longest text of a vocabulary entry that is served
 
 }  // namespace rts

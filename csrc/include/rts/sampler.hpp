@@ -15,7 +15,7 @@ namespace rts {
 class Sampler {
  public:
   struct Choice {
-    std::int32_t token = -1;  // -1: the logits hold NaN or +infinity, or rule out every token
+    std::int32_t token = -1;  // -1: the logits, as they are or penalised, hold NaN or +infinity or rule out every token
     float logprob = 0.0F;     // of the model, before penalties and temperature; computed where kLogprobs asks for it
   };
 
@@ -44,9 +44,11 @@ class Sampler {
   float logprob(std::span<const float> logits, std::int32_t token);
   std::int32_t draw(const SamplingParams& params, double total, double u);
   std::int32_t draw_from_all(double target) const;
-  std::int32_t draw_from_candidates(const SamplingParams& params, double mass, double u);
-  void keep_above(float threshold);
-  void keep_best(std::size_t count);
+  std::span<Candidate> all_above(float threshold);
+  std::span<Candidate> best_of_all(std::size_t wanted);
+  // The best candidates, as many as it takes to weigh `mass` together; the last of them is the one that completes it.
+  static std::span<Candidate> best_that_weigh(double mass, std::span<Candidate> candidates);
+  static double sum(std::span<const Candidate> candidates);
 
   std::vector<float> weights_;
   std::vector<double> block_sums_;

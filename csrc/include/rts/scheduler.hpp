@@ -55,7 +55,7 @@ class Scheduler {
   // kInvalidLogits. Tokens of sequences that have finished meanwhile are dropped.
   void commit(Plan& plan, std::span<const std::int32_t> sampled);
   // The same with counts[i] tokens for the i-th row that samples: none, and its last position is run again; several, where
-  // more than one was accepted at once.
+  // more than one was accepted at once. After either, what a plan in flight has sampled behind that position is dropped.
   void commit(Plan& plan, std::span<const std::int32_t> sampled, std::span<const std::uint32_t> counts);
 
   // Ends a sequence, in whatever state it is. The first reason stays.
@@ -70,7 +70,7 @@ class Scheduler {
   static constexpr std::uint32_t kPlansInFlight = 2;
 
   std::uint32_t runnable(const Sequence& sequence) const;
-  std::uint32_t worst_case_blocks(const Sequence& sequence) const;
+  std::uint32_t most_positions(const Sequence& sequence) const;
   bool admit(Sequence& sequence, std::int64_t now_ns);
   void add_row(Plan& plan, Sequence& sequence, std::uint32_t count);
   void accept(Sequence& sequence, std::span<const std::int32_t> tokens);

@@ -41,6 +41,8 @@ struct Sequence {
   std::uint32_t row = 0;        // of the block table, while running
   std::uint32_t scheduled = 0;  // positions handed to the model, in committed plans or in the one in flight
   std::uint32_t pending = 0;    // tokens being sampled by the plan in flight: they count as there, but have no id yet
+  // Of those that plans in flight still sample: the next so many are dropped, for the sequence has another past by now.
+  std::uint32_t void_samples = 0;
   std::uint32_t in_flight = 0;  // plans that name it and are not committed
   std::uint32_t reserved_blocks = 0;
   std::vector<std::int32_t> blocks;

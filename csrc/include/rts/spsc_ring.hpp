@@ -23,7 +23,7 @@ struct RingPosition {
 
 // Both sides of a ring know its shape by themselves: what lies in shared memory is no authority on it.
 struct SpscRingShape {
-  std::uint32_t bytes = 0;                                             // a power of two
+  std::uint32_t bytes = 0;                                            // a power of two
   std::uint32_t records = std::numeric_limits<std::uint32_t>::max();  // how many it may hold at once
 };
 
@@ -38,8 +38,8 @@ struct SpscRingHeader {
 // A ring of byte records, each of its own length, from one producer to one consumer, which may be another process: all
 // that is shared lies in memory that the caller gives, without a pointer in it. Zeroed memory is an empty ring.
 //
-// A record is its size (u32) and its payload, padded to 8 bytes, and never wraps: where one does not fit in front of the
-// end, a skip marker goes there and the record to the start. So a reader has each payload as one piece, four bytes
+// A record is its size (u32) and its payload, padded to 8 bytes, and never wraps: where one does not fit in front of
+// the end, a skip marker goes there and the record to the start. So a reader has each payload as one piece, four bytes
 // behind a multiple of eight.
 //
 // A side trusts nothing that the other one can write. Whatever a broken peer stores, neither side reads or writes
@@ -156,7 +156,8 @@ class SpscRing<Atomics>::Producer {
     return true;
   }
 
-  // Whether `records` records of `bytes` together can be claimed, however the bytes are spread over them.
+  // Whether `records` records of `bytes` together can be claimed, however the bytes are spread over them; none of them
+  // larger than max_record_bytes().
   bool can_claim(std::uint32_t records, std::uint32_t bytes) noexcept {
     const std::uint64_t padding = std::uint64_t{records} * (kSizeBytes + kAlignment - 1);
     std::uint64_t needed = align_up(bytes + padding, kAlignment);

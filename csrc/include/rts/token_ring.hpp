@@ -40,7 +40,8 @@ struct TokenRecord {
   bool valid = false;
 };
 
-// The producer's side of a stream's ring.
+// The producer's side of a stream's ring. One thread at a time uses it; each operation is wait-free, with the ring's
+// memory orders: has_room() and the writes acquire (4), what was written is released (1).
 class TokenWriter {
  public:
   // Beyond the tokens that a stream may be ahead by: those of the steps in flight, and the last record.
