@@ -1,0 +1,27 @@
+"""Serves `null` over HTTP on any free port, which it prints, until it is told to stop."""
+
+import asyncio
+
+import uvloop
+
+from realtime_serve import InferenceServer, ModelConfig, ServerConfig
+
+
+def null_server(**settings: object) -> InferenceServer:
+    config = ServerConfig(host="127.0.0.1", port=0, max_batch_size=256, rate_limit_per_minute=0, **settings)
+    server = InferenceServer(config)
+    server.register_model(ModelConfig(name="null", device="cpu"))
+    return server
+
+
+async def main() -> None:
+    server = null_server()
+    serving = asyncio.ensure_future(server.start())
+    while server.port is None and not serving.done():  # noqa: ASYNC110 (nothing tells when it listens)
+        await asyncio.sleep(0.01)
+    print(server.port, flush=True)
+    await serving
+
+
+if __name__ == "__main__":
+    uvloop.run(main())
