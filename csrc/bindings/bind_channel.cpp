@@ -1,6 +1,8 @@
 #include <pybind11/pybind11.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <bit>
 #include <cerrno>
 #include <memory>
 
@@ -11,6 +13,18 @@ namespace py = pybind11;
 
 namespace rts::bindings {
 
+namespace {
+
+// So that a ring is full by its count of tokens, and only of unusually long ones before: a token's record has 56 bytes
+// with the text of most.
+std::uint32_t ring_bytes_for(std::uint32_t records) {
+  constexpr std::uint64_t kRecordBytes = 128, kMost = 1U << 31;
+  const std::uint64_t wanted = std::min(records * kRecordBytes, kMost);
+  return std::max(kMinRingBytes, static_cast<std::uint32_t>(std::bit_ceil(wanted)));
+}
+
+}  // namespace
+
 void register_channel(py::module_& m) {
   py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel", "What one front end and one worker share.")
       .def_static(
@@ -20,6 +34,7 @@ void register_channel(py::module_& m) {
             ChannelConfig config;
             config.slots = slots;
             config.ring_records = ring_records;
+            config.ring_bytes = ring_bytes_for(ring_records);
             config.lane_bytes = lane_bytes;
             config.generation = generation;
             return Channel::create(config, shared);

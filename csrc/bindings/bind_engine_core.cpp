@@ -94,7 +94,8 @@ void register_engine_core(py::module_& m) {
            py::arg("positions").noconvert(), py::arg("kv_slots").noconvert(), py::arg("query_start").noconvert(),
            py::arg("context_len").noconvert(), py::arg("rows").noconvert(), py::arg("block_table").noconvert(),
            py::arg("logits_at").noconvert(), py::arg("sampled").noconvert(), py::arg("logprobs").noconvert())
-      .def("attach", [](BoundEngineCore& self, std::shared_ptr<Channel> channel) { self.core().attach(std::move(channel)); })
+      .def("attach",
+           [](BoundEngineCore& self, std::shared_ptr<Channel> channel) { self.core().attach(std::move(channel)); })
       .def("detach", [](BoundEngineCore& self, const Channel& channel) { self.core().detach(channel); })
       .def(
           "schedule",
@@ -116,9 +117,12 @@ void register_engine_core(py::module_& m) {
             self.core().sample(values);
           },
           py::arg("logits").noconvert())
-      .def("commit", [](BoundEngineCore& self) { self.core().commit(); }, release_gil())
-      .def("abort", [](BoundEngineCore& self) { self.core().abort(); }, release_gil())
-      .def("wait", [](BoundEngineCore& self) { self.core().wait(); }, release_gil())
+      .def(
+          "commit", [](BoundEngineCore& self) { self.core().commit(); }, release_gil())
+      .def(
+          "abort", [](BoundEngineCore& self) { self.core().abort(); }, release_gil())
+      .def(
+          "wait", [](BoundEngineCore& self) { self.core().wait(); }, release_gil())
       .def("wake", [](BoundEngineCore& self) { self.core().wake(); })
       .def("close", [](BoundEngineCore& self) { self.core().close(); }, release_gil());
 }

@@ -1,5 +1,6 @@
 #include "rts/channel.hpp"
 
+#include <fcntl.h>
 #include <sys/eventfd.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -52,7 +53,7 @@ void check(const ChannelConfig& config) {
   if (!power_of_two(config.lane_bytes) || config.lane_bytes < kCacheLine) {
     throw std::invalid_argument("lane_bytes must be a power of two of 64 or more");
   }
-  if (!power_of_two(config.ring_bytes) || config.ring_bytes < 8 * kMaxTokenRecordBytes) {
+  if (!power_of_two(config.ring_bytes) || config.ring_bytes < kMinRingBytes) {
     throw std::invalid_argument("ring_bytes must be a power of two with room for the longest tokens");
   }
 }
@@ -82,9 +83,12 @@ std::shared_ptr<Channel> Channel::create(const ChannelConfig& config, bool share
   channel->worker_bell_fd_ = new_event();
   channel->front_bell_fd_ = new_event();
   if (shared) {
-    channel->memory_fd_ =
-        FileDescriptor(checked(::memfd_create("realtime-serve-channel", MFD_CLOEXEC), "memfd_create"));
+    channel->memory_fd_ = FileDescriptor(
+        checked(::memfd_create("realtime-serve-channel", MFD_CLOEXEC | MFD_ALLOW_SEALING), "memfd_create"));
     checked(::ftruncate(channel->memory_fd_.get(), static_cast<off_t>(layout.bytes)), "sizing a channel");
+    // A peer that could shrink it could have the other side killed by a bus error.
+    checked(::fcntl(channel->memory_fd_.get(), F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW | F_SEAL_SEAL),
+            "sealing a channel");
   }
   channel->memory_ = map(layout.bytes, channel->memory_fd_.get());
   channel->mapped_ = layout.bytes;

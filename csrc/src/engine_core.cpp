@@ -7,10 +7,24 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <stdexcept>
 #include <system_error>
 
 namespace rts {
+
+namespace {
+
+// What the sampler and the scheduler can work with; NaN is within no bounds.
+bool usable(const SamplingParams& params) {
+  constexpr float kLargest = std::numeric_limits<float>::max();
+  const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
+  return params.max_tokens >= 1 && within(params.temperature, 0, kLargest) && within(params.top_p, 0, 1) &&
+         within(params.min_p, 0, 1) && within(params.repetition_penalty, std::numeric_limits<float>::min(), kLargest) &&
+         within(params.presence_penalty, -kLargest, kLargest) && within(params.frequency_penalty, -kLargest, kLargest);
+}
+
+}  // namespace
 
 // A channel as its worker sees it.
 struct EngineCore::Attached {
@@ -61,6 +75,7 @@ void EngineCore::attach(std::shared_ptr<Channel> channel) {
 void EngineCore::detach(const Channel& channel) {
   for (std::unique_ptr<Attached>& attached : channels_) {
     if (!attached || attached->channel.get() != &channel) continue;
+    drain(*attached);  // what is still in its lanes must not end in silence
     for (Sequence* sequence : attached->sequences) {
       if (sequence != nullptr) finish(*sequence, FinishReason::kCancelled);
     }
@@ -86,7 +101,7 @@ void EngineCore::take_in() {
     // Read before the lanes are drained: a flag that is seen belongs to a request that is seen too.
     const std::uint32_t epoch = attached->channel->header().control_epoch.load(std::memory_order_acquire);
     Attached& from = *attached;
-    waiting_.drain(from.channel->lanes(), [&](std::span<const std::byte> record) { return parse(from, record); });
+    drain(from);
     if (epoch == from.control_epoch) continue;
     apply_flags(from);
     // Where the queue is full, a flag may be that of a request still in its lane: then it is looked for again.
@@ -94,6 +109,10 @@ void EngineCore::take_in() {
   }
   resume_stalled();
   collect_released();
+}
+
+void EngineCore::drain(Attached& from) {
+  waiting_.drain(from.channel->lanes(), [&](std::span<const std::byte> record) { return parse(from, record); });
 }
 
 std::optional<EngineCore::Waiting> EngineCore::parse(Attached& from, std::span<const std::byte> record) {
@@ -110,7 +129,7 @@ std::optional<EngineCore::Waiting> EngineCore::parse(Attached& from, std::span<c
   sequence.slot = header.slot;
   sequence.priority = header.priority;
   sequence.sampling = header.sampling;
-  sequence.arrival_ns = header.arrival_ns;
+  sequence.arrival_ns = std::clamp<std::int64_t>(header.arrival_ns, 0, clock_.now_ns());
   sequence.deadline_ns = header.deadline_ns;
   sequence.extra_key = header.extra_key;
   sequence.prompt_tokens = header.prompt_tokens;
@@ -119,12 +138,13 @@ std::optional<EngineCore::Waiting> EngineCore::parse(Attached& from, std::span<c
     finish(sequence, FinishReason::kError, StreamError::kInvalidRequest);
     return std::nullopt;
   }
-  return Waiting{Ticket{header.priority, header.arrival_ns, header.deadline_ns}, &sequence, &sequence.waiting_handle};
+  return Waiting{Ticket{header.priority, sequence.arrival_ns, header.deadline_ns}, &sequence, &sequence.waiting_handle};
 }
 
 bool EngineCore::parse_body(const SubmitHeader& header, std::span<const std::byte> body, Sequence& sequence) const {
   const std::uint64_t ids = std::uint64_t{header.prompt_tokens} + header.generated_tokens;
-  if (header.prompt_tokens == 0 || ids >= max_context_ || header.sampling.max_tokens < 1) return false;
+  if (header.prompt_tokens == 0 || ids >= max_context_ || !usable(header.sampling)) return false;
+  if (header.generated_tokens >= static_cast<std::uint32_t>(header.sampling.max_tokens)) return false;
   if (static_cast<int>(header.priority) >= kPriorities) return false;
   if (body.size() < ids * sizeof(std::int32_t) + header.tail_bytes) return false;
   sequence.tokens.resize(ids);
@@ -142,7 +162,8 @@ bool EngineCore::parse_body(const SubmitHeader& header, std::span<const std::byt
     tail = tail.subspan(sizeof entry);
     const std::size_t padded = align_up(entry.bytes, 4);
     if (padded > tail.size()) return false;
-    if (entry.type == TailHeader::kStopString) stops.emplace_back(reinterpret_cast<const char*>(tail.data()), entry.bytes);
+    if (entry.type == TailHeader::kStopString)
+      stops.emplace_back(reinterpret_cast<const char*>(tail.data()), entry.bytes);
     tail = tail.subspan(padded);
   }
   const auto usable = [](const std::string& stop) { return !stop.empty() && stop.size() <= kMaxStopBytes; };
@@ -200,6 +221,9 @@ void EngineCore::sample(std::span<const float> logits) {
 
 void EngineCore::commit() {
   const std::int64_t now_ns = clock_.now_ns();
+  // An id that no vocabulary has would reach the model's embedding in the next step, which all sequences share.
+  const auto vocabulary = static_cast<std::int64_t>(vocabulary_->size());
+  std::replace_if(sampled_, sampled_ + plan_->samples, [=](auto id) { return id >= vocabulary; }, -1);
   scheduler_.commit(*plan_, {sampled_, plan_->samples});
   std::size_t at = 0;
   for (const PlanRow& row : plan_->rows) {

@@ -7,8 +7,7 @@ Publisher::Publisher(std::shared_ptr<const Vocabulary> vocabulary) : vocabulary_
   released_.reserve(2 * kMaxTokenRecordBytes);
 }
 
-FinishReason Publisher::publish(Sequence& sequence, TokenWriter& writer, std::int32_t token, float logprob,
-                                bool last) {
+FinishReason Publisher::publish(Sequence& sequence, TokenWriter& writer, std::int32_t token, float logprob, bool last) {
   const bool special = vocabulary_->special(token);
   const bool ends = vocabulary_->eos(token) && !sequence.sampling.has(SamplingParams::kIgnoreEos);
   decoded_.clear();

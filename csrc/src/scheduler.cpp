@@ -27,7 +27,8 @@ std::uint32_t Scheduler::runnable(const Sequence& sequence) const {
 }
 
 std::uint32_t Scheduler::most_positions(const Sequence& sequence) const {
-  const std::uint64_t most = std::uint64_t{sequence.prompt_tokens} + static_cast<std::uint32_t>(sequence.sampling.max_tokens);
+  const std::uint64_t most =
+      std::uint64_t{sequence.prompt_tokens} + static_cast<std::uint32_t>(sequence.sampling.max_tokens);
   return static_cast<std::uint32_t>(std::min<std::uint64_t>(most, config_.max_context));
 }
 
@@ -108,7 +109,9 @@ void Scheduler::add_row(Plan& plan, Sequence& sequence, std::uint32_t count) {
   plan.rows.push_back(row);
 }
 
-void Scheduler::commit(Plan& plan, std::span<const std::int32_t> sampled) { commit(plan, sampled, {}); }
+void Scheduler::commit(Plan& plan, std::span<const std::int32_t> sampled) {
+  commit(plan, sampled, {});
+}
 
 void Scheduler::commit(Plan& plan, std::span<const std::int32_t> sampled, std::span<const std::uint32_t> counts) {
   std::size_t token = 0, sample = 0;

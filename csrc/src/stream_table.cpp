@@ -109,7 +109,8 @@ std::optional<std::uint32_t> StreamTable::open(std::int64_t timeout_ns) {
 
 bool StreamTable::push(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob, bool special) {
   Stream& to = stream(slot);
-  if (!to.push_open || to.state != State::kOpen || !to.writer->has_room()) return false;
+  if (!to.push_open || to.state != State::kOpen || to.ring.records() >= channel_->config().ring_records) return false;
+  if (!to.writer->has_room_for(text.size())) return false;
   TokenHeader header;
   header.index = to.pushed;
   header.token_id = token_id;
@@ -162,7 +163,9 @@ bool StreamTable::arm() {
   return false;
 }
 
-void StreamTable::disarm() { channel_->front_bell().disarm(); }
+void StreamTable::disarm() {
+  channel_->front_bell().disarm();
+}
 
 void StreamTable::rings_read() {
   std::atomic_thread_fence(std::memory_order_seq_cst);  // (6)
@@ -175,6 +178,7 @@ void StreamTable::rings_read() {
 bool StreamTable::take(Stream& from, const TokenRecord& record) {
   if (!record.valid) {  // the worker has lost its mind; its supervisor will see it die
     from.state = State::kEnded;
+    from.finish = FinishReason::kError;
     from.error = StreamError::kWorkerDied;
     return false;
   }
@@ -212,6 +216,7 @@ std::uint32_t StreamTable::drain(std::uint32_t slot, FrameBuffer& out) {
     if (!is_token) break;
   }
   from.ring.release();
+  if (channel_is_dead_) fail(slot, StreamError::kWorkerDied);  // unless its last record was there
   if (from.state == State::kEnded && from.format == StreamFormat::kEvents && from.error == StreamError::kNone) {
     append_done_event(out, end_of(from));
   }
@@ -222,7 +227,10 @@ std::optional<TokenView> StreamTable::next(std::uint32_t slot) {
   Stream& from = stream(slot);
   if (from.state != State::kOpen) return std::nullopt;
   const std::span<const std::byte> bytes = from.ring.front();
-  if (bytes.empty()) return std::nullopt;
+  if (bytes.empty()) {
+    if (channel_is_dead_) fail(slot, StreamError::kWorkerDied);
+    return std::nullopt;
+  }
   const TokenRecord record(bytes);
   now_ns_ = clock_.now_ns();
   std::optional<TokenView> token;
@@ -237,8 +245,12 @@ std::optional<TokenView> StreamTable::next(std::uint32_t slot) {
 }
 
 EndOfStream StreamTable::end_of(const Stream& ended) const {
-  return {ended.spec.request_id, ended.spec.model, ended.spec.version,
-          ended.finish,          static_cast<std::uint32_t>(ended.generated.size()), ended.end};
+  return {ended.spec.request_id,
+          ended.spec.model,
+          ended.spec.version,
+          ended.finish,
+          static_cast<std::uint32_t>(ended.generated.size()),
+          ended.end};
 }
 
 void StreamTable::finish_json(std::uint32_t slot, FrameBuffer& out) const {
@@ -246,7 +258,9 @@ void StreamTable::finish_json(std::uint32_t slot, FrameBuffer& out) const {
   append_answer(out, end_of(ended), ended.json_tokens.view(), ended.text);
 }
 
-std::uint32_t StreamTable::buffered(std::uint32_t slot) const { return stream(slot).ring.records(); }
+std::uint32_t StreamTable::buffered(std::uint32_t slot) const {
+  return stream(slot).ring.records();
+}
 
 void StreamTable::fail(std::uint32_t slot, StreamError error) {
   Stream& failed = stream(slot);
@@ -254,18 +268,19 @@ void StreamTable::fail(std::uint32_t slot, StreamError error) {
   failed.state = State::kEnded;
   failed.finish = FinishReason::kError;
   failed.error = error;
+  if (!channel_is_dead_) channel_->set_flag(slot, SlotControl::kCancel, true);
 }
 
 std::vector<std::uint32_t> StreamTable::fail_all() {
   channel_is_dead_ = true;
-  std::vector<std::uint32_t> failed;
+  std::vector<std::uint32_t> ending;
   for (std::uint32_t slot = 0; slot < streams_.size(); ++slot) {
     if (stream(slot).state == State::kDiscarding) give_back(slot);
     if (stream(slot).state != State::kOpen) continue;
-    fail(slot, StreamError::kWorkerDied);
-    failed.push_back(slot);
+    if (stream(slot).ring.records() == 0) fail(slot, StreamError::kWorkerDied);
+    ending.push_back(slot);
   }
-  return failed;
+  return ending;
 }
 
 std::vector<std::uint32_t> StreamTable::overdue() const {
@@ -278,6 +293,16 @@ std::vector<std::uint32_t> StreamTable::overdue() const {
     if (now_ns - open.last_progress_ns > open.timeout_ns && open.ring.records() == 0) slots.push_back(slot);
   }
   return slots;
+}
+
+std::int64_t StreamTable::longest_wait_ns() const {
+  const std::int64_t now_ns = clock_.now_ns();
+  std::int64_t longest = 0;
+  for (const Stream& open : streams_) {
+    const bool waits = open.state == State::kDiscarding || (open.state == State::kOpen && open.ring.records() == 0);
+    if (waits) longest = std::max(longest, now_ns - open.last_progress_ns);
+  }
+  return longest;
 }
 
 void StreamTable::close(std::uint32_t slot) {

@@ -23,8 +23,12 @@ namespace {
 constexpr std::size_t kLanes = 16;
 
 // Floats as integers of the same order: -NaN, -infinity, ..., -0, +0, ..., +infinity, NaN.
-RTS_INLINE constexpr std::int32_t in_order(std::int32_t bits) { return bits ^ ((bits >> 31) & 0x7FFFFFFF); }
-constexpr std::int32_t in_order(float value) { return in_order(std::bit_cast<std::int32_t>(value)); }
+RTS_INLINE constexpr std::int32_t in_order(std::int32_t bits) {
+  return bits ^ ((bits >> 31) & 0x7FFFFFFF);
+}
+constexpr std::int32_t in_order(float value) {
+  return in_order(std::bit_cast<std::int32_t>(value));
+}
 
 // Cody and Waite's reduction to |r| <= ln(2)/2 and a polynomial of degree 6 (the coefficients of Cephes' expf, Moshier
 // 1989). x is 0 or less.

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <bit>
+#include <cerrno>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
@@ -163,14 +164,20 @@ TEST_P(ChannelOf, ReadyBitsAreTakenOnceAWordAtATime) {
 TEST_P(ChannelOf, NoPartLiesOverAnother) {
   for (const std::uint32_t slots : {1U, 3U, 64U, 67U}) {
     SCOPED_TRACE(slots);
-    make(small(slots));
-    std::vector<std::uint32_t> tokens(slots), pushed(kPriorities);
+    ChannelConfig config = small(slots);
+    config.ring_records = 1'000;  // so that bytes are what fills a ring
+    make(config);
+    const auto text = [](std::uint32_t slot, std::uint32_t i) { return std::string((slot * 7 + i * 13) % 300, 't'); };
+    std::vector<std::uint32_t> tokens(slots), textless(slots), pushed(kPriorities);
     for (std::uint32_t slot = 0; slot < slots; ++slot) {
       TokenWriter writer = worker_->token_writer(slot);
-      while (writer.write_token({.index = slot, .token_id = static_cast<std::int32_t>(tokens[slot])},
-                                std::string(1'000 + slot, 't'))) {
-        ++tokens[slot];
-      }
+      const auto write = [&](const std::string& with) {
+        return writer.write_token({.index = slot, .token_id = static_cast<std::int32_t>(tokens[slot])}, with);
+      };
+      while (write(text(slot, tokens[slot]))) ++tokens[slot];
+      std::uint32_t empty = 0;
+      while (write("")) ++tokens[slot], ++empty;
+      textless[slot] = empty;
       worker_->mark_ready(slot);
       front_->set_flag(slot, slot % 2 == 0 ? SlotControl::kCancel : SlotControl::kPause, true);
     }
@@ -184,14 +191,14 @@ TEST_P(ChannelOf, NoPartLiesOverAnother) {
     worker_->header().worker_stalled.store(~0U);
 
     for (std::uint32_t slot = 0; slot < slots; ++slot) {
-      EXPECT_GE(tokens[slot], 8U);
+      EXPECT_GE(tokens[slot], 80U);
       auto reader = front_->token_reader(slot);
       for (std::uint32_t i = 0; i < tokens[slot]; ++i) {
         const TokenRecord record(reader.front());
         ASSERT_TRUE(record.valid);
         EXPECT_EQ(record.header.index, slot);
         EXPECT_EQ(record.header.token_id, static_cast<std::int32_t>(i));
-        EXPECT_EQ(record.text, std::string(1'000 + slot, 't'));
+        EXPECT_EQ(record.text, i < tokens[slot] - textless[slot] ? text(slot, i) : "");
         reader.pop();
       }
       EXPECT_TRUE(reader.empty());
@@ -262,12 +269,17 @@ TEST(Channel, AttachesOnlyToWhatIsOne) {
             "not a channel: ring_bytes must be a power of two with room for the longest tokens");
   EXPECT_EQ(attach_after([](Channel& channel) { channel.header().config.lane_bytes = 32; }),
             "not a channel: lane_bytes must be a power of two of 64 or more");
-  EXPECT_EQ(attach_after([](Channel& channel) { ASSERT_EQ(::ftruncate(channel.memory_fd(), 1 << 20), 0); }),
-            another_size);
-  EXPECT_EQ(attach_after([](Channel& channel) { ASSERT_EQ(::ftruncate(channel.memory_fd(), 16), 0); }),
-            "not a channel: its memory is too small");
-  EXPECT_EQ(attach_after([](Channel& channel) { ASSERT_EQ(::ftruncate(channel.memory_fd(), 0), 0); }),
-            "not a channel: its memory is too small");
+  const auto attach_with_a_size_of = [](off_t bytes) {
+    const auto channel = Channel::create(small(), true);
+    const int memory = ::memfd_create("test", MFD_CLOEXEC);
+    EXPECT_EQ(::pwrite(memory, &channel->header(), sizeof(ChannelHeader), 0), ssize_t{sizeof(ChannelHeader)});
+    EXPECT_EQ(::ftruncate(memory, bytes), 0);
+    return error_of(
+        [&] { Channel::attach(memory, ::dup(channel->worker_bell_fd()), ::dup(channel->front_bell_fd())); });
+  };
+  EXPECT_EQ(attach_with_a_size_of(1 << 20), another_size);
+  EXPECT_EQ(attach_with_a_size_of(16), "not a channel: its memory is too small");
+  EXPECT_EQ(attach_with_a_size_of(0), "not a channel: its memory is too small");
 }
 
 TEST(Channel, AttachTakesTheDescriptorsOverAlsoWhereItFails) {
@@ -286,6 +298,12 @@ TEST(Channel, AttachTakesTheDescriptorsOverAlsoWhereItFails) {
   }
   EXPECT_TRUE(is_open(channel->memory_fd()));
   EXPECT_NE(error_of([] { Channel::attach(-1, -1, -1); }), "no error");
+}
+
+TEST(Channel, NeitherSideCanTakeTheOthersMemoryAway) {
+  const auto channel = Channel::create(small(), true);
+  EXPECT_EQ(::ftruncate(channel->memory_fd(), 0), -1);
+  EXPECT_EQ(errno, EPERM);
 }
 
 TEST(Channel, OutlivesTheSideThatMadeIt) {
@@ -421,6 +439,33 @@ TEST_P(ChannelOf, TwoThreadsTalkWithoutLosingARecordOrAWakeUp) {
   EXPECT_FALSE(lost) << "a wake-up was lost";
   EXPECT_EQ(wrong, 0U);
   EXPECT_EQ(ended, streams);
+}
+
+// Each slot is marked once a round, while the words are taken all the time.
+TEST(Channel, NoReadyBitIsLostBetweenMarkingAndTaking) {
+  const auto channel = Channel::create(small(128), false);
+  const std::uint64_t rounds = test::soak(2'000);
+  std::atomic<std::uint64_t> begun = 0, ended = 0;
+  std::thread worker([&] {
+    for (std::uint64_t round = 1; round <= rounds; ++round) {
+      while (begun.load() < round) std::this_thread::yield();
+      for (std::uint32_t slot = 0; slot < 128; ++slot) channel->mark_ready(slot);
+      ended.store(round);
+    }
+  });
+  std::uint64_t lost = 0;
+  for (std::uint64_t round = 1; round <= rounds; ++round) {
+    begun.store(round);
+    std::uint64_t seen[2] = {};
+    const auto take = [&] {
+      for (std::uint32_t word = 0; word < 2; ++word) seen[word] |= channel->take_ready(word);
+    };
+    while (ended.load() < round) take();
+    take();
+    lost += 128 - static_cast<std::uint64_t>(std::popcount(seen[0]) + std::popcount(seen[1]));
+  }
+  worker.join();
+  EXPECT_EQ(lost, 0U);
 }
 
 // ThreadSanitizer sees nothing between these threads but the bit: (1) and (2) must order the plain variable.

@@ -78,7 +78,7 @@ TEST_F(DoorbellTest, WaitSaysWhetherItWasRung) {
   EXPECT_EQ(signals(), 0U) << "wait() disarms";
   bell_.arm();
   bell_.ring();
-  EXPECT_TRUE(bell_.wait(-1));
+  EXPECT_TRUE(bell_.wait(kLong));
   EXPECT_FALSE(bell_.wait(0)) << "wait() consumes";
 }
 

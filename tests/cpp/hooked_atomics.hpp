@@ -4,8 +4,8 @@
 
 namespace rts::test {
 
-// Atomics for the shared structures' template parameter: a `Hook` object lives around each operation, so its constructor
-// runs before and its destructor after it.
+// Atomics for the shared structures' template parameter: a `Hook` object lives around each operation, so its
+// constructor runs before and its destructor after it.
 template <class Hook>
 struct HookedAtomics {
   template <class T>

@@ -58,6 +58,9 @@ TEST(Vocabulary, BoundsTokensWithText) {
   EXPECT_EQ(Vocabulary({longest}, {}, {}).bytes(0), longest);
   EXPECT_THROW(Vocabulary({longest + "x"}, {}, {}), std::invalid_argument);
   EXPECT_EQ(Vocabulary({longest + "x"}, {0}, {}).bytes(0), "");
+  // A byte that is no UTF-8 becomes three of text, and a token record has room for the text.
+  EXPECT_NO_THROW(Vocabulary({std::string(kMaxTokenBytes / 3, '\xFF')}, {}, {}));
+  EXPECT_THROW(Vocabulary({std::string(kMaxTokenBytes / 3 + 1, '\xFF')}, {}, {}), std::invalid_argument);
 }
 
 TEST(DecodeByteLevel, UndoesGpt2sMap) {

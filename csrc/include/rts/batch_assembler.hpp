@@ -7,7 +7,8 @@
 
 namespace rts {
 
-// Caller-owned memory that steps are assembled into, for up to token_budget tokens T of up to max_sequences sequences R.
+// Caller-owned memory that steps are assembled into, for up to token_budget tokens T of up to max_sequences sequences
+// R.
 struct StepBuffers {
   std::int32_t* tokens = nullptr;       // [T]; -1 where the token is still being sampled
   std::int32_t* positions = nullptr;    // [T]
@@ -24,8 +25,7 @@ struct StepBuffers {
 class BatchAssembler {
  public:
   explicit BatchAssembler(const SchedulerConfig& config)
-      : block_size_(config.block_size),
-        row_blocks_((config.max_context + config.block_size - 1) / config.block_size) {}
+      : block_size_(config.block_size), row_blocks_((config.max_context + config.block_size - 1) / config.block_size) {}
 
   void bind(const StepBuffers& buffers) { out_ = buffers; }
   void assemble(const Plan& plan) const noexcept;

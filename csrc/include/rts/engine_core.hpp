@@ -1,13 +1,13 @@
 #pragma once
 
+#include <poll.h>
+
 #include <cstdint>
 #include <memory>
 #include <optional>
 #include <span>
 #include <tuple>
 #include <vector>
-
-#include <poll.h>
 
 #include "rts/batch_assembler.hpp"
 #include "rts/block_pool.hpp"

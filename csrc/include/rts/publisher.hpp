@@ -17,8 +17,8 @@ class Publisher {
  public:
   explicit Publisher(std::shared_ptr<const Vocabulary> vocabulary);
 
-  // Writes the record of the sequence's next token. kStop where that ends the sequence: by its id, or by completing a stop
-  // string. `last`: it ends for another reason anyway, so nothing is held back.
+  // Writes the record of the sequence's next token. kStop where that ends the sequence: by its id, or by completing a
+  // stop string. `last`: it ends for another reason anyway, so nothing is held back.
   FinishReason publish(Sequence& sequence, TokenWriter& writer, std::int32_t token, float logprob, bool last);
 
   // Writes the stream's last record: the sequence's finish reason and timings.

@@ -44,8 +44,8 @@ static_assert(sizeof(SamplingParams) == 48 && std::is_trivially_copyable_v<Sampl
 // Submit record: this header, then prompt_tokens + generated_tokens ids (int32), then tail_bytes of tail entries.
 struct SubmitHeader {
   std::uint64_t stream_id = 0;
-  std::uint64_t group_id = 0;  // the request that this sequence is a choice of
-  std::uint64_t extra_key = 0; // adapter, salt and version; part of the prefix hash
+  std::uint64_t group_id = 0;   // the request that this sequence is a choice of
+  std::uint64_t extra_key = 0;  // adapter, salt and version; part of the prefix hash
   std::int64_t arrival_ns = 0;
   std::int64_t deadline_ns = 0;  // 0: none
   SamplingParams sampling;
@@ -95,7 +95,7 @@ static_assert(sizeof(EndExtension) == 40 && std::is_trivially_copyable_v<EndExte
 
 // Bounds of a request, checked where it enters; they bound what a token record can hold back.
 inline constexpr std::size_t kMaxStopStrings = 16;
-inline constexpr std::size_t kMaxStopBytes = 256;   // each
+inline constexpr std::size_t kMaxStopBytes = 256;    // each
 inline constexpr std::size_t kMaxTokenBytes = 1024;  // the longest text of a vocabulary entry that is served
 
 }  // namespace rts

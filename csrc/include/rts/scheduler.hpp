@@ -38,12 +38,12 @@ struct Plan {
   bool in_use = false;
 };
 
-// Iteration-level scheduling: every step takes one position of each running sequence, then chunks of the prompts that are
-// being read, then admits from the heap what there is a row and blocks for, all within the token budget.
+// Iteration-level scheduling: every step takes one position of each running sequence, then chunks of the prompts that
+// are being read, then admits from the heap what there is a row and blocks for, all within the token budget.
 //
-// schedule() and commit() are apart, and one plan may be in flight when the next is made: its tokens are then placeholders.
-// A sequence may be finished at any point; its row and blocks are freed once, when no plan names it any more.
-// Single-threaded; no allocation once warm.
+// schedule() and commit() are apart, and one plan may be in flight when the next is made: its tokens are then
+// placeholders. A sequence may be finished at any point; its row and blocks are freed once, when no plan names it any
+// more. Single-threaded; no allocation once warm.
 class Scheduler {
  public:
   Scheduler(const SchedulerConfig& config, BlockPool& blocks, AgeingHeap<Sequence*>& waiting);
@@ -54,8 +54,9 @@ class Scheduler {
   // Takes over what a plan sampled: one token for each row that samples, in order; -1 ends its sequence with
   // kInvalidLogits. Tokens of sequences that have finished meanwhile are dropped.
   void commit(Plan& plan, std::span<const std::int32_t> sampled);
-  // The same with counts[i] tokens for the i-th row that samples: none, and its last position is run again; several, where
-  // more than one was accepted at once. After either, what a plan in flight has sampled behind that position is dropped.
+  // The same with counts[i] tokens for the i-th row that samples: none, and its last position is run again; several,
+  // where more than one was accepted at once. After either, what a plan in flight has sampled behind that position is
+  // dropped.
   void commit(Plan& plan, std::span<const std::int32_t> sampled, std::span<const std::uint32_t> counts);
 
   // Ends a sequence, in whatever state it is. The first reason stays.

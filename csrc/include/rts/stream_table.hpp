@@ -46,9 +46,9 @@ struct TokenView {
 // The front end's streams over one channel, by slot. It owns a request's state (parameters, prompt and generated ids,
 // timings), so that what a worker knows can be rebuilt from here. Single-threaded: it belongs to the event loop.
 //
-// A slot is free → open (submitted, or fed by push) → ended (its last record was read, or it failed) → free. One that is
-// closed before it ended is cancelled and its records are discarded until the last one came: only then can the slot be
-// given to another stream.
+// A slot is free → open (submitted, or fed by push) → ended (its last record was read, or it failed) → free. One that
+// is closed before it ended is cancelled and its records are discarded until the last one came: only then can the slot
+// be given to another stream.
 class StreamTable {
  public:
   StreamTable(std::shared_ptr<Channel> channel, const Clock& clock);
@@ -58,7 +58,8 @@ class StreamTable {
   std::optional<std::uint32_t> submit(StreamSpec spec, std::int64_t timeout_ns);
   // Takes a slot for a stream that is fed by push(), in this process.
   std::optional<std::uint32_t> open(std::int64_t timeout_ns);
-  // The producer's door to such a stream: the same ring that a worker publishes to. False: full, or ended.
+  // The producer's door to such a stream: the same ring that a worker publishes to. False: it holds ring_records tokens
+  // already or has no room for the text, or has ended; a text beyond kMaxPushedTextBytes is never taken.
   bool push(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob, bool special);
   bool push_end(std::uint32_t slot);
 
@@ -86,7 +87,8 @@ class StreamTable {
 
   // Ends the stream for its reader, with an error; the worker is told to stop.
   void fail(std::uint32_t slot, StreamError error);
-  // Ends every open stream with kWorkerDied; nothing is read from the channel any more. The slots that failed.
+  // The worker is gone: every open stream gives what its ring still holds, then ends; with kWorkerDied where the last
+  // record is missing. The slots of those streams.
   std::vector<std::uint32_t> fail_all();
   // Open streams that had no token for longer than their timeout allows.
   std::vector<std::uint32_t> overdue() const;
@@ -94,9 +96,14 @@ class StreamTable {
   bool ended(std::uint32_t slot) const { return stream(slot).state == State::kEnded; }
   StreamError error(std::uint32_t slot) const { return stream(slot).error; }
   FinishReason finish(std::uint32_t slot) const { return stream(slot).finish; }
-  std::uint32_t generated(std::uint32_t slot) const { return static_cast<std::uint32_t>(stream(slot).generated.size()); }
+  std::uint32_t generated(std::uint32_t slot) const {
+    return static_cast<std::uint32_t>(stream(slot).generated.size());
+  }
   const EndExtension& end(std::uint32_t slot) const { return stream(slot).end; }
   std::int64_t last_progress_ns(std::uint32_t slot) const { return stream(slot).last_progress_ns; }
+  // How long the stream that has waited longest for its worker has done so; 0 where none waits. One whose tokens wait
+  // for their reader is not waiting for its worker.
+  std::int64_t longest_wait_ns() const;
   std::uint32_t open_streams() const { return open_; }
   const Channel& channel() const { return *channel_; }
 

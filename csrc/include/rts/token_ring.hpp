@@ -16,7 +16,14 @@ inline constexpr std::uint32_t kTokensInFlight = 2;
 inline constexpr std::uint32_t kMaxTokenRecordBytes =
     static_cast<std::uint32_t>(sizeof(TokenHeader) + kMaxTokenBytes + kMaxStopBytes + 16);
 
-// A token record's parts. Its sizes come from another process: `valid` says whether they fit the record.
+// The longest text that a stream fed by push() takes: what an empty ring of kMinRingBytes has room for, wherever its
+// position is, together with the last record.
+inline constexpr std::uint32_t kMaxPushedTextBytes = 8000;
+inline constexpr std::uint32_t kMinRingBytes = 1 << 14;
+static_assert(kMinRingBytes >= 8 * kMaxTokenRecordBytes && kMinRingBytes >= 2 * (kMaxPushedTextBytes + 128));
+
+// A token record's parts. It comes from another process: `valid` says whether its sizes fit the record and its codes
+// are among those that there are.
 struct TokenRecord {
   explicit TokenRecord(std::span<const std::byte> record) {
     if (record.size() < sizeof(TokenHeader)) return;
@@ -25,7 +32,7 @@ struct TokenRecord {
     if (record.size() < text_end + header.extension_bytes) return;
     text = {reinterpret_cast<const char*>(record.data()) + sizeof(TokenHeader), header.text_bytes};
     extension = record.subspan(text_end, header.extension_bytes);
-    valid = true;
+    valid = header.finish <= FinishReason::kError && header.error <= StreamError::kTimeout;
   }
   bool is_last() const { return (header.flags & TokenHeader::kEnd) != 0; }
   EndExtension end() const {
@@ -51,6 +58,11 @@ class TokenWriter {
 
   // Whether the ring can take the tokens of the steps in flight, however long their text, and the last record.
   bool has_room() noexcept { return ring_.can_claim(kReservedRecords, kReservedRecords * kMaxTokenRecordBytes); }
+  // Whether it can take a token of that much text, and the last record.
+  bool has_room_for(std::size_t text_bytes) noexcept {
+    constexpr std::size_t kHeaders = 2 * sizeof(TokenHeader) + sizeof(EndExtension);
+    return text_bytes <= kMaxPushedTextBytes && ring_.can_claim(2, static_cast<std::uint32_t>(kHeaders + text_bytes));
+  }
   // False: the ring is full. The header's sizes are set here.
   bool write_token(TokenHeader header, std::string_view text) { return write(header, text, {}); }
   // Room for it is left by whoever asks has_room() before each token.
