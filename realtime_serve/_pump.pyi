@@ -25,7 +25,10 @@ class Stream:
     async def json(self) -> bytes:
         """The whole answer as one JSON object; empty where the stream failed."""
     def push(self, text: str, token_id: int, logprob: float | None, special: bool) -> bool:
-        """Appends a token to a stream that Pump.open made. False: its buffer is full, or it has ended."""
+        """Appends a token to a stream that Pump.open made. False: its buffer is full, or it has ended.
+
+        Raises ValueError where the text is longer than any buffer takes.
+        """
     def push_end(self) -> bool: ...
     def close(self) -> None:
         """Gives the stream up; what still runs for it is cancelled. May be called more than once."""
@@ -60,9 +63,12 @@ class Pump:
     def stop(self) -> None:
         """Ends every open stream, as `fail` does, and leaves the channel."""
     def fail(self) -> None:
-        """Ends every open stream with the error that its worker died."""
+        """Ends every open stream behind what it was given: with the error that its worker died, if not properly."""
     @property
     def open_streams(self) -> int: ...
+    @property
+    def longest_wait_s(self) -> float:
+        """How long the stream that has waited longest for its worker has done so; 0 where none waits."""
     def submit(
         self,
         *,

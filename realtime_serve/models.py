@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import threading
 import time
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 from realtime_serve import hub
 from realtime_serve._pump import Stream
@@ -20,6 +22,8 @@ from realtime_serve.stream import StreamManager, TokenStream
 from realtime_serve.types import InferenceRequest, check_context
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 # Encoding costs about 1 µs a character; longer texts than this are encoded in a thread.
 _ENCODE_INLINE_CHARS = 4096
@@ -87,6 +91,7 @@ class ModelRegistry:
         self._log_level = log_level
         self._versions: dict[str, dict[str, Model]] = {}
         self._active: dict[str, str] = {}
+        self._loading: dict[tuple[str, str], ModelConfig] = {}
 
     async def load_model(self, config: ModelConfig) -> Model:
         """Loads, warms up and health-checks a version, then makes it the active one.
@@ -94,27 +99,35 @@ class ModelRegistry:
         Raises ModelLoadError, ModelNotFoundError or PullError with the reason; everything is then as it was.
         """
         check_device(config)
-        if config.version in self._versions.get(config.name, {}):
-            raise ModelLoadError(f"model {config.name!r} version {config.version!r} is loaded already")
-        loop = asyncio.get_running_loop()
-        path = await loop.run_in_executor(None, resolve_model, config)
+        key = (config.name, config.version)
+        if key in self._loading or config.version in self._versions.get(config.name, {}):
+            raise ModelLoadError(f"model {config.name!r} version {config.version!r} is loaded already, or being loaded")
+        self._loading[key] = config
+        try:
+            model = await self._load(config)
+        finally:
+            del self._loading[key]
+        model.health_check_passed = True
+        self._versions.setdefault(config.name, {})[config.version] = model
+        self._active[config.name] = config.version
+        return model
+
+    async def _load(self, config: ModelConfig) -> Model:
+        path = await _in_daemon_thread(lambda: resolve_model(config))
         worker = Supervisor(
             LoadSpec(config, self._limits, self._log_level, path),
             self._streams.open_channel,
             isolation=self._isolation,
         )
-        worker.start()
         try:
-            tokenizer = await loop.run_in_executor(None, load_tokenizer, path)
+            worker.start()
+            tokenizer = await _in_daemon_thread(lambda: load_tokenizer(path))
             await worker.wait_ready()
             model = Model(config, worker, tokenizer)
             await self._warm_up(model)
         except BaseException:
             await worker.stop()
             raise
-        model.health_check_passed = True
-        self._versions.setdefault(config.name, {})[config.version] = model
-        self._active[config.name] = config.version
         return model
 
     async def _warm_up(self, model: Model) -> None:
@@ -147,11 +160,12 @@ class ModelRegistry:
         wanted = self._active.get(name) if version is None else version
         return self._versions.get(name, {}).get(wanted) if wanted is not None else None
 
-    def require_model(self, name: str | None, loading: Collection[str] = ()) -> Model:
+    def require_model(self, name: str | None) -> Model:
         """The active version of `name`; of the only model where none is named.
 
-        Raises ModelNotFoundError, or ModelUnavailableError where it is among those that are `loading`.
+        Raises ModelNotFoundError, or ModelUnavailableError where it is being loaded.
         """
+        loading = [config.name for config in self._loading.values()]
         if name is None and len(self._active) == 1:
             name = next(iter(self._active))
         model = self.get_model(name) if name is not None else None
@@ -200,8 +214,12 @@ class ModelRegistry:
             "healthy": model.health_check_passed and model.worker.is_ready,
         }
 
+    def loading(self) -> list[ModelConfig]:
+        return list(self._loading.values())
+
     def models(self) -> list[Model]:
-        return [model for versions in self._versions.values() for model in versions.values()]
+        """By name, whichever was loaded first; the versions of a model in the order of their loading."""
+        return [model for _, versions in sorted(self._versions.items()) for model in versions.values()]
 
     async def shutdown(self) -> None:
         await asyncio.gather(*(model.worker.stop() for model in self.models()))
@@ -218,6 +236,33 @@ def check_device(config: ModelConfig) -> None:
         raise ConfigError(
             f"device {config.device!r} of model {config.name!r}: {found}; use device='cpu'", field="device"
         )
+
+
+async def _in_daemon_thread(call: Callable[[], T]) -> T:
+    """Like asyncio.to_thread, but nothing waits for the thread once this is cancelled: a download that goes on must not
+    keep a stopped server from ending."""
+    loop = asyncio.get_running_loop()
+    result: asyncio.Future[T] = loop.create_future()
+
+    def tell(value: T | None, error: BaseException | None) -> None:
+        if result.done():
+            return
+        if error is not None:
+            result.set_exception(error)
+        else:
+            result.set_result(cast(T, value))
+
+    def run() -> None:
+        value, error = None, None
+        try:
+            value = call()
+        except BaseException as raised:
+            error = raised
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
+            loop.call_soon_threadsafe(tell, value, error)
+
+    threading.Thread(target=run, name="load", daemon=True).start()
+    return await result
 
 
 def resolve_model(config: ModelConfig) -> str:

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _BACKLOG = 1024
+# What handlers get for their last bytes once their streams have ended.
+_HANDLERS_END_S = 1.0
 # Bytes that the kernel may hold for one connection beyond what its peer has acknowledged room for: the ring and the
 # sequence's pause are where a slow reader is to be felt, not megabytes of socket buffer.
 _NOTSENT_LOWAT = 64 * 1024
@@ -60,7 +62,7 @@ class InferenceServer:
         self._stop_requested: asyncio.Event | None = None
         self._stopped: asyncio.Event | None = None
         self._loads: set[asyncio.Task[Any]] = set()
-        self._is_open = False
+        self._loop: asyncio.AbstractEventLoop | None = None  # while it is open
 
     @property
     def model_registry(self) -> ModelRegistry:
@@ -76,26 +78,36 @@ class InferenceServer:
         return self._socket.getsockname()[1] if self._socket is not None else None
 
     def register_model(self, config: ModelConfig) -> None:
-        """Names a model to serve. Before the start it is loaded at the start; after it, at once in the background.
+        """Names a model to serve; from any thread. Before the start it is loaded at the start; after it, at once in the
+        background, and a failure is logged.
 
-        Raises ConfigError, in one line with the fix, where its device is not there.
+        Raises ConfigError, in one line with the fix, where its device is not there or that version is registered.
         """
         check_device(config)
-        if not self._is_open:
-            self._registered.append(config)
+        if self._loop is not None:
+            self._loop.call_soon_threadsafe(self._start_load, config)
             return
-        task = asyncio.get_running_loop().create_task(self._load_in_background(config))
+        if any((known.name, known.version) == (config.name, config.version) for known in self._registered):
+            raise ConfigError(f"model {config.name!r} version {config.version!r} is registered already", "name")
+        self._registered.append(config)
+
+    def _start_load(self, config: ModelConfig) -> None:
+        if self._loop is None:  # closed meanwhile
+            return
+        task = self._loop.create_task(self._load_in_background(config))
         self._loads.add(task)
         task.add_done_callback(self._loads.discard)
 
     async def _load_in_background(self, config: ModelConfig) -> None:
         try:
-            await self._service.load(config)
-        except ServeError as error:
+            await self.model_registry.load_model(config)
+        except Exception as error:
             log.error("model %s %s did not load: %s", config.name, config.version, error)
 
     async def __aenter__(self) -> InferenceServer:
         """Starts the models without listening. Raises what kept one from loading."""
+        if self._loop is not None or self._socket is not None:
+            raise ServeError("the server is started already")
         await self._open()
         return self
 
@@ -105,11 +117,12 @@ class InferenceServer:
         await self._close(drain_s=0.0)
 
     async def _open(self) -> None:
-        self._is_open = True
+        self._loop = asyncio.get_running_loop()
+        self._service.open()
         try:
             async with asyncio.TaskGroup() as loads:
-                for config in self._registered:
-                    loads.create_task(self._service.load(config))
+                for config in list(self._registered):
+                    loads.create_task(self.model_registry.load_model(config))
         except BaseExceptionGroup as group:
             await self._close(drain_s=0.0)
             raise group.exceptions[0] from None
@@ -118,13 +131,14 @@ class InferenceServer:
             raise
 
     async def _close(self, *, drain_s: float) -> None:
+        self._loop = None
         for load in self._loads:
             load.cancel()
         left = await self._service.drain(drain_s)
         if left:
             log.warning("%d streams were still running; they end as cancelled", left)
+        await asyncio.gather(*self._loads, return_exceptions=True)
         await self._service.close()
-        self._is_open = False
 
     async def stream(self, request: InferenceRequest) -> AsyncIterator[StreamToken]:
         """The answer's tokens as they come. Leaving the iterator early cancels the sequence."""
@@ -150,37 +164,47 @@ class InferenceServer:
         """Listens and serves until `stop()`, SIGTERM or SIGINT; a second signal ends it without waiting for streams.
 
         While the models load, /health and /ready answer and requests are refused with 503. Raises ServeError where
-        the port is in use or a model does not load.
+        the port is in use or a model does not load. Cancelled, it ends without waiting for streams.
         """
+        if self._loop is not None or self._socket is not None:
+            raise ServeError("the server is started already")
         host = self.config.host if host is None else host
         self._socket = _listen(host, self.config.port if port is None else port)
         self._stop_requested, self._stopped = asyncio.Event(), asyncio.Event()
         try:
             with _signals_call(self._on_signal):
-                opening = asyncio.ensure_future(self._open())
-                await asyncio.sleep(0)  # the worker processes start before aiohttp is imported: side by side
-                await self._listen_http()
-                stopping = asyncio.ensure_future(self._stop_requested.wait())
-                await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
-                if opening.done():
-                    opening.result()
-                    self._announce(host)
-                    await stopping
-                else:
-                    opening.cancel()
-                    await asyncio.gather(opening, return_exceptions=True)
-                await self._close(drain_s=self.config.graceful_shutdown_timeout)
+                await self._serve(host, self._stop_requested)
         finally:
-            if self._runner is not None:
-                await self._runner.cleanup()
             self._socket.close()
             self._socket = None
             self._stopped.set()
 
+    async def _serve(self, host: str, stop_requested: asyncio.Event) -> None:
+        opening = asyncio.ensure_future(self._open())
+        stopping = asyncio.ensure_future(stop_requested.wait())
+        drain_s = 0.0
+        try:
+            await asyncio.sleep(0)  # the worker processes start before aiohttp is imported: side by side
+            await self._listen_http()
+            await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
+            if opening.done():
+                opening.result()
+                self._announce(host)
+                await stopping
+                drain_s = self.config.graceful_shutdown_timeout
+        finally:
+            opening.cancel()
+            stopping.cancel()
+            await asyncio.gather(opening, stopping, return_exceptions=True)
+            await self._close(drain_s=drain_s)
+            if self._runner is not None:
+                await self._runner.cleanup()
+                self._runner = None
+
     async def stop(self) -> None:
         """Ends `start`: new requests are refused, running streams finish within graceful_shutdown_timeout."""
         if self._stop_requested is None or self._stopped is None:
-            return
+            return  # it was never started
         self._stop_requested.set()
         await self._stopped.wait()
 
@@ -196,9 +220,11 @@ class InferenceServer:
         from realtime_serve.http.app import build_app
 
         assert self._socket is not None
-        self._runner = web.AppRunner(build_app(self._service), handler_cancellation=True, access_log=None)
+        self._runner = web.AppRunner(
+            build_app(self._service), handler_cancellation=True, access_log=None, shutdown_timeout=_HANDLERS_END_S
+        )
         await self._runner.setup()
-        await web.SockSite(self._runner, self._socket, backlog=_BACKLOG, shutdown_timeout=1.0).start()
+        await web.SockSite(self._runner, self._socket, backlog=_BACKLOG).start()
 
     def _announce(self, host: str) -> None:
         """Says, in one screen, where the server listens and what to try."""
@@ -257,11 +283,13 @@ def _signals_call(handler: Callable[[], None]) -> Iterator[None]:
         yield
         return
     loop = asyncio.get_running_loop()
-    signals = (signal.SIGTERM, signal.SIGINT)
-    for number in signals:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    for number in before:
         loop.add_signal_handler(number, handler)
     try:
         yield
     finally:
-        for number in signals:
+        for number, previous in before.items():
             loop.remove_signal_handler(number)
+            if previous is not None:  # None: it was not set by Python, and cannot be set back
+                signal.signal(number, previous)

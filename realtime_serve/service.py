@@ -7,7 +7,7 @@ import contextlib
 import time
 
 from realtime_serve._pump import Stream
-from realtime_serve.config import ModelConfig, ServerConfig
+from realtime_serve.config import ServerConfig
 from realtime_serve.engine.step_loop import EngineLimits
 from realtime_serve.errors import ShuttingDownError
 from realtime_serve.models import Model, ModelRegistry
@@ -42,30 +42,28 @@ class InferenceService:
             isolation=config.isolation,
             log_level=config.log_level,
         )
-        self._loading: dict[str, ModelConfig] = {}
         self._drain_ended = asyncio.Event()
 
-    async def load(self, config: ModelConfig) -> Model:
-        key = f"{config.name} {config.version}"
-        self._loading[key] = config
-        try:
-            return await self.registry.load_model(config)
-        finally:
-            del self._loading[key]
+    def open(self) -> None:
+        """Takes requests, again where it has been closed."""
+        self.is_draining = False
+        self._drain_ended = asyncio.Event()
 
     async def submit(self, request: InferenceRequest) -> tuple[Model, Stream]:
         """Queues a request on its model's active version. Raises ServeError where it cannot be served."""
         if self.is_draining:
             raise ShuttingDownError("the server is shutting down; it takes no new requests")
-        model = self.registry.require_model(request.model, loading=[config.name for config in self._loading.values()])
+        model = self.registry.require_model(request.model)
         return model, await model.submit(request)
 
     def not_ready(self) -> list[str]:
         """What stands between this server and serving: empty when it is ready."""
         if self.is_draining:
             return ["shutdown"]
-        waiting = [*self._loading, *(f"{m.name} {m.version}" for m in self.registry.models() if not m.worker.is_ready)]
-        return waiting or ([] if self.registry.models() else ["a model"])
+        models = self.registry.models()
+        waiting = [f"{config.name} {config.version}" for config in self.registry.loading()]
+        waiting += [f"{m.name} {m.version}" for m in models if not m.worker.is_ready]
+        return waiting or ([] if models else ["a model"])
 
     def stalled_models(self) -> list[str]:
         now = time.monotonic()

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import time
 import weakref
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from types import TracebackType
 from typing import Any
 
 from realtime_serve._pump import Stream
 from realtime_serve.engine.client import ChannelClient, ChannelShape
 from realtime_serve.errors import QueueFullError, stream_error
-from realtime_serve.types import InferenceResponse, StreamToken, Timings, Usage
+from realtime_serve.types import MAX_SECONDS, InferenceResponse, StreamToken, Timings, Usage, number_problem
 
 
 class TokenStream(AsyncIterator[StreamToken]):
@@ -93,11 +93,9 @@ class StreamManager:
     """
 
     def __init__(self, default_timeout: float = 30.0, buffer_size: int = 100, *, max_streams: int = 1024) -> None:
-        if not default_timeout > 0:
-            raise ValueError(f"default_timeout must be more than 0 seconds; it is {default_timeout!r}")
         if buffer_size < 1:
             raise ValueError(f"buffer_size must be at least 1 token; it is {buffer_size!r}")
-        self._default_timeout = default_timeout
+        self._default_timeout = _checked_timeout("default_timeout", default_timeout)
         self._shape = ChannelShape(slots=max_streams, buffer_tokens=buffer_size)
         self._channels: weakref.WeakSet[ChannelClient] = weakref.WeakSet()
         self._local: ChannelClient | None = None
@@ -116,50 +114,44 @@ class StreamManager:
     def create_stream(self, stream_id: str, timeout: float | None = None) -> AsyncIterator[StreamToken]:
         """A new stream; its iterator ends at `close_stream`, or after `timeout` seconds without a token.
 
-        Raises ValueError where a stream of that name is open. Needs a running event loop.
+        Raises ValueError where a stream of that name is open, QueueFullError where there is no room for one more. Needs
+        a running event loop.
         """
-        if stream_id in self._streams:
+        seconds = _checked_timeout("timeout", self._default_timeout if timeout is None else timeout)
+        existing = self._streams.get(stream_id)
+        if existing is not None and not existing.is_closed:
             raise ValueError(f"stream {stream_id!r} already exists")
         if self._local is None:
             self._local = self.open_channel(1, shared=False)
-        seconds = self._default_timeout if timeout is None else timeout
         stream = self._local.pump.open(stream_id, seconds)
         if stream is None:
             raise QueueFullError(f"{self._shape.slots} streams are open, which is all there is room for")
         named = self._streams[stream_id] = _NamedStream(stream, seconds)
-        return self._read(stream_id, named)
+        return _NamedReader(named, lambda: self._forget(stream_id, named))
 
-    async def _read(self, stream_id: str, named: _NamedStream) -> AsyncIterator[StreamToken]:
-        try:
-            while True:
-                while (token := named.stream.next_token()) is not None:
-                    named.room.set()
-                    yield StreamToken(*token)
-                if named.stream.ended:
-                    return
-                await named.stream.readable()
-        finally:
-            named.stream.close()
-            named.room.set()
-            self._streams.pop(stream_id, None)
+    def _forget(self, stream_id: str, named: _NamedStream) -> None:
+        named.close()
+        if self._streams.get(stream_id) is named:
+            del self._streams[stream_id]
 
     async def push_token(self, stream_id: str, token: StreamToken) -> bool:
         """Appends a token; waits while the stream's buffer is full.
 
-        False: there is no such open stream, or its reader made no room within the stream's timeout.
+        False: there is no such open stream, or its reader made no room within the stream's timeout. Raises ValueError
+        where the token's text is longer than 8,000 bytes.
         """
         named = self._streams.get(stream_id)
-        if named is None or named.closed:
+        if named is None or named.is_closed:
             return False
-        deadline = asyncio.get_running_loop().time() + named.timeout
-        while not named.stream.push(token.token, token.token_id, token.logprob, token.is_special):
-            if named.stream.ended or self._streams.get(stream_id) is not named:
-                return False
+        if not named.push(token):
             named.backpressure_events += 1
-            named.room.clear()
             try:
-                async with asyncio.timeout_at(deadline):
-                    await named.room.wait()
+                async with asyncio.timeout(named.timeout):
+                    while not named.push(token):
+                        if named.is_closed:
+                            return False
+                        named.room.clear()
+                        await named.room.wait()
             except TimeoutError:
                 return False
         named.tokens += 1
@@ -168,9 +160,8 @@ class StreamManager:
     async def close_stream(self, stream_id: str) -> None:
         """Ends a stream: its reader gets what is buffered, then the end. Unknown names are ignored."""
         named = self._streams.get(stream_id)
-        if named is not None and not named.closed:
-            named.closed = True
-            named.stream.push_end()
+        if named is not None:
+            named.end()
 
     async def stream_stats(self, stream_id: str) -> dict[str, Any]:
         """Raises KeyError where there is no such stream."""
@@ -184,30 +175,31 @@ class StreamManager:
             "tokens_per_second": named.tokens / elapsed if elapsed > 0 else 0.0,
             "backpressure_events": named.backpressure_events,
             "queue_size": named.stream.buffered,
-            "is_closed": named.closed,
+            "is_closed": named.is_closed,
         }
 
     def active_streams(self) -> list[str]:
-        return [stream_id for stream_id, named in self._streams.items() if not named.closed]
+        return [stream_id for stream_id, named in self._streams.items() if not named.is_closed]
 
     async def cleanup_idle_streams(self, idle_timeout: float = 60.0) -> int:
-        """Closes the streams that had no token for `idle_timeout` seconds; how many those were."""
-        idle = [name for name, named in self._streams.items() if named.stream.idle_seconds >= idle_timeout]
-        for name in idle:
-            await self.close_stream(name)
-            self._streams.pop(name, None)
+        """Gives up the streams that had no token for `idle_timeout` seconds; how many those were."""
+        idle = [(name, named) for name, named in self._streams.items() if named.stream.idle_seconds >= idle_timeout]
+        for name, named in idle:
+            self._forget(name, named)
         return len(idle)
 
     async def shutdown(self) -> None:
-        for name in list(self._streams):
-            await self.close_stream(name)
+        """Ends every stream, as `close_stream` does."""
+        for named in self._streams.values():
+            named.end()
+        self._streams.clear()
         if self._local is not None:
             self._local.pump.stop()
             self._local = None
 
 
 class _NamedStream:
-    __slots__ = ("backpressure_events", "closed", "created_at", "room", "stream", "timeout", "tokens")
+    __slots__ = ("_is_ending", "backpressure_events", "created_at", "room", "stream", "timeout", "tokens")
 
     def __init__(self, stream: Stream, timeout: float) -> None:
         self.stream = stream
@@ -216,4 +208,51 @@ class _NamedStream:
         self.room = asyncio.Event()
         self.tokens = 0
         self.backpressure_events = 0
-        self.closed = False
+        self._is_ending = False
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it takes no more tokens; its reader may still have some to read."""
+        return self._is_ending or self.stream.ended
+
+    def push(self, token: StreamToken) -> bool:
+        return self.stream.push(token.token, token.token_id, token.logprob, token.is_special)
+
+    def end(self) -> None:
+        if not self._is_ending:
+            self._is_ending = True
+            self.stream.push_end()
+            self.room.set()
+
+    def close(self) -> None:
+        self.stream.close()
+        self.room.set()
+
+
+class _NamedReader(AsyncIterator[StreamToken]):
+    def __init__(self, named: _NamedStream, forget: Callable[[], None]) -> None:
+        self._named = named
+        self._forget = forget
+
+    async def __anext__(self) -> StreamToken:
+        stream = self._named.stream
+        while (token := stream.next_token()) is None:
+            if stream.ended:
+                self._forget()
+                raise StopAsyncIteration
+            await stream.readable()
+        self._named.room.set()
+        return StreamToken(*token)
+
+    async def aclose(self) -> None:
+        self._forget()
+
+    def __del__(self) -> None:
+        self._forget()
+
+
+def _checked_timeout(name: str, seconds: float) -> float:
+    problem = number_problem(seconds, 0, MAX_SECONDS)
+    if problem or seconds == 0:
+        raise ValueError(f"{name} {problem or 'must be more than 0 seconds'}")
+    return seconds

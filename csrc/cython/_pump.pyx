@@ -16,7 +16,11 @@ from libcpp.string cimport string
 from libcpp.utility cimport move
 from libcpp.vector cimport vector
 
+import logging
+
 from realtime_serve.errors import stream_error
+
+log = logging.getLogger("realtime_serve.pump")
 
 # A connection whose transport holds more than this is behind: its streams stay in their rings until it has caught up.
 cdef Py_ssize_t HIGH_WATER = 64 * 1024
@@ -97,6 +101,9 @@ cdef extern from "rts/sse_writer.hpp" namespace "rts" nogil:
 
     void append_error_event(FrameBuffer&, string_view, string_view, string_view, optional[string_view])
 
+cdef extern from "rts/token_ring.hpp" namespace "rts" nogil:
+    const uint32_t kMaxPushedTextBytes
+
 cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
     cdef enum class StreamFormat(uint8_t):
         kTokens
@@ -142,6 +149,7 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         uint32_t generated(uint32_t)
         const EndExtension& end(uint32_t)
         int64_t last_progress_ns(uint32_t)
+        int64_t longest_wait_ns()
         uint32_t open_streams()
 
 
@@ -170,6 +178,7 @@ cdef class Connection:
     cdef bint chunk_is_open
     cdef bint behind
     cdef bint touched
+    cdef bint broken
 
     cdef inline FrameBuffer* open(self):
         """The buffer, ready to take frames."""
@@ -190,15 +199,28 @@ cdef class Connection:
         if self.chunk_is_open:
             self.buffer.end_chunk()
             self.chunk_is_open = False
-        if not self.transport.is_closing():  # its handler is about to be told that the client left
-            self.transport.write(PyBytes_FromStringAndSize(self.buffer.data(), self.buffer.size()))
-            self.behind = self.transport.get_write_buffer_size() > HIGH_WATER
+        try:
+            if not self.broken and not self.transport.is_closing():  # else its handler is about to be told
+                self.transport.write(PyBytes_FromStringAndSize(self.buffer.data(), self.buffer.size()))
+                self.behind = self.transport.get_write_buffer_size() > HIGH_WATER
+        except Exception:
+            self.give_up()
         self.buffer.clear()
 
     cdef bint caught_up(self):
-        if self.transport.is_closing() or self.transport.get_write_buffer_size() <= LOW_WATER:
+        if self.broken or self.transport.is_closing() or self.transport.get_write_buffer_size() <= LOW_WATER:
             self.behind = False
         return not self.behind
+
+    cdef give_up(self):
+        """Ends a connection that cannot be written to, and it alone. For use where the exception is being handled."""
+        log.exception("a connection could not be written to: it is closed")
+        self.broken = True
+        self.behind = False
+        try:
+            self.transport.abort()
+        except Exception:
+            log.debug("it could not be closed either", exc_info=True)
 
 
 cdef class Stream:
@@ -251,7 +273,7 @@ cdef class Stream:
     async def json(self):
         """The whole answer as one JSON object; empty where the stream failed."""
         await self._run(StreamFormat.kJson)
-        if self.error:
+        if self.error or not self.is_open:
             return b""
         cdef FrameBuffer body
         self.pump.table.get().finish_json(self.slot, body)
@@ -273,12 +295,17 @@ cdef class Stream:
         waiter = self.waiter
         if waiter is not None:
             self.waiter = None
-            if not waiter.done():
+            if not waiter.done() and not self.pump.loop.is_closed():
                 waiter.set_result(None)
 
     def push(self, str text, int32_t token_id, logprob, bint special):
-        """Appends a token to a stream that Pump.open made. False: its buffer is full, or it has ended."""
+        """Appends a token to a stream that Pump.open made. False: its buffer is full, or it has ended.
+
+        Raises ValueError where the text is longer than any buffer takes.
+        """
         cdef bytes encoded = text.encode()
+        if len(encoded) > kMaxPushedTextBytes:
+            raise ValueError(f"a token's text may have at most {kMaxPushedTextBytes} bytes; it has {len(encoded)}")
         cdef float value = NAN if logprob is None else logprob
         return self.is_open and self.pump.table.get().push(
             self.slot, string_view(<const char*>encoded, len(encoded)), token_id, value, special
@@ -384,16 +411,21 @@ cdef class Pump:
         if not self.running:
             return
         self.running = False
-        self.loop.remove_reader(self.shared.get().front_bell_fd())
-        for timer in (self.catch_up_timer, self.timeout_timer):
-            if timer is not None:
-                timer.cancel()
-        self.catch_up_timer = self.timeout_timer = None
-        self.fail()
+        if not self.loop.is_closed():
+            self.loop.remove_reader(self.shared.get().front_bell_fd())
+        if self.timeout_timer is not None:
+            self.timeout_timer.cancel()
+            self.timeout_timer = None
+        self.fail()  # what connections that are behind have to get is written as they catch up
 
     @property
     def open_streams(self):
         return self.table.get().open_streams()
+
+    @property
+    def longest_wait_s(self):
+        """How long the stream that has waited longest for its worker has done so; 0 where none waits."""
+        return self.table.get().longest_wait_ns() / 1e9
 
     def submit(self, *, str request_id, str model, str version, list prompt_ids, int32_t max_tokens, float temperature,
                float top_p, int32_t top_k, float min_p, float repetition_penalty, float presence_penalty,
@@ -437,7 +469,7 @@ cdef class Pump:
         return stream
 
     def fail(self):
-        """Ends every open stream with the error that its worker died."""
+        """Ends every open stream behind what it was given: with the error that its worker died, if not properly."""
         for slot in self.table.get().fail_all():
             self.serve(self.streams[slot])
         self._flush()
@@ -446,6 +478,8 @@ cdef class Pump:
         cdef StreamTable* table = self.table.get()
         cdef uint32_span ready
         cdef size_t i
+        if not self.running:  # stopped since this was put off
+            return
         self.shared.get().front_bell().consume()
         table.disarm()
         for _ in range(MAX_ROUNDS):
@@ -461,7 +495,20 @@ cdef class Pump:
         self.loop.call_soon(self._on_bell)
 
     cdef bint serve(self, Stream stream):
-        """Moves what a stream's ring holds towards its reader; whether the stream is served to its end."""
+        """Moves what a stream's ring holds towards its reader; whether the stream is served to its end.
+
+        Raises nothing: what goes wrong for one stream must not keep the others from being served.
+        """
+        try:
+            return self._serve(stream)
+        except Exception:
+            if stream.connection is None:
+                log.exception("a stream could not be served")
+            else:
+                stream.connection.give_up()
+            return False
+
+    cdef bint _serve(self, Stream stream):
         cdef StreamTable* table = self.table.get()
         cdef Connection connection = stream.connection
         cdef uint32_t slot = stream.slot

@@ -9,8 +9,16 @@ import json
 import socket
 from typing import Any
 
-_MAX_PACKET = 64 * 1024
+MAX_PACKET_BYTES = 64 * 1024
 _MAX_FDS = 8
+
+
+def encode(message: dict[str, Any]) -> bytes:
+    """Raises ValueError or TypeError where a message cannot be sent: it is too large, or not JSON."""
+    packet = json.dumps(message).encode()
+    if len(packet) > MAX_PACKET_BYTES:
+        raise ValueError(f"a message of {len(packet)} bytes; the most is {MAX_PACKET_BYTES}")
+    return packet
 
 
 class ControlSocket:
@@ -29,12 +37,16 @@ class ControlSocket:
 
     def send(self, message: dict[str, Any], fds: tuple[int, ...] = ()) -> None:
         """Raises BrokenPipeError or ConnectionResetError where the peer is gone."""
-        socket.send_fds(self._sock, [json.dumps(message).encode()], fds)
+        self.send_packet(encode(message), fds)
+
+    def send_packet(self, packet: bytes, fds: tuple[int, ...] = ()) -> None:
+        """Sends what `encode` made."""
+        socket.send_fds(self._sock, [packet], fds)
 
     def receive(self) -> tuple[dict[str, Any] | None, list[int]]:
         """The next message and the descriptors sent with it; None once the peer has closed."""
         try:
-            data, fds, _, _ = socket.recv_fds(self._sock, _MAX_PACKET, _MAX_FDS)
+            data, fds, _, _ = socket.recv_fds(self._sock, MAX_PACKET_BYTES, _MAX_FDS)
         except ConnectionResetError:
             return None, []
         return (json.loads(data) if data else None), fds

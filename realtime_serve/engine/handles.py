@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
+import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
 from realtime_serve._core import Channel
-from realtime_serve.engine.control import ControlSocket
+from realtime_serve.engine.control import ControlSocket, encode
 from realtime_serve.engine.launch import LoadSpec, load_runner
 from realtime_serve.engine.step_loop import StepLoop
 from realtime_serve.engine.worker import describe
+from realtime_serve.errors import ModelLoadError
+
+log = logging.getLogger(__name__)
 
 Report = dict[str, Any]
 
@@ -25,7 +31,9 @@ class WorkerHandle(Protocol):
     shared_memory: bool
     """Whether the channel must lie in memory that another process can map."""
 
-    def start(self, spec: LoadSpec, report: Callable[[Report], None]) -> None: ...
+    def start(self, spec: LoadSpec, report: Callable[[Report], None]) -> None:
+        """Raises OSError where there is no room for one more, ModelLoadError where the spec cannot be handed over."""
+
     def attach(self, channel: Channel) -> None: ...
     def request_stop(self) -> None: ...
     def kill(self) -> None: ...
@@ -41,35 +49,40 @@ class ProcessWorker:
 
     def start(self, spec: LoadSpec, report: Callable[[Report], None]) -> None:
         self._report = report
+        try:
+            packet = encode(spec.to_message())
+        except (TypeError, ValueError) as error:
+            raise ModelLoadError(
+                f"the options of model {spec.model.name!r} cannot be handed to a worker process: {error}"
+            ) from None
         self._control, theirs = ControlSocket.pair()
-        self._process = subprocess.Popen(
-            [sys.executable, "-P", "-m", "realtime_serve.engine.worker", "--control-fd", str(theirs.fileno())],
-            pass_fds=(theirs.fileno(),),
-            stdin=subprocess.DEVNULL,
-            env=_child_environment(),
-        )
-        theirs.close()
-        self._pidfd = os.pidfd_open(self._process.pid)
+        try:
+            self._process, self._pidfd = _spawn(theirs.fileno())
+        except OSError:
+            self._control.close()
+            raise
+        finally:
+            theirs.close()
         self._loop.add_reader(self._control.fileno(), self._on_message)
         self._loop.add_reader(self._pidfd, self._on_exit)
-        self._control.send(spec.to_message())
+        self._send(packet)
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
     def attach(self, channel: Channel) -> None:
-        self._send({"op": "attach", "channel": channel.generation}, channel.fds())
+        self._send(encode({"op": "attach", "channel": channel.generation}), channel.fds())
 
     def request_stop(self) -> None:
-        self._send({"op": "stop"})
+        self._send(encode({"op": "stop"}))
 
     def kill(self) -> None:
         self._process.kill()
 
-    def _send(self, message: Report, fds: tuple[int, ...] = ()) -> None:
+    def _send(self, packet: bytes, fds: tuple[int, ...] = ()) -> None:
         try:
-            self._control.send(message, fds)
+            self._control.send_packet(packet, fds)
         except OSError:
             return  # it died: `exited` is reported by its pidfd
 
@@ -129,7 +142,7 @@ class ThreadWorker:
         try:
             runner = load_runner(spec)
             step_loop = StepLoop(runner, spec.limits)
-        except Exception as error:
+        except BaseException as error:  # a loader that calls sys.exit() must not leave its supervisor waiting
             self._tell({"op": "failed", "message": describe(error)})
             self._tell({"op": "exited", "status": 1})
             return
@@ -140,10 +153,11 @@ class ThreadWorker:
         status = 0
         try:
             step_loop.run()
-        except Exception as error:
+            runner.close()
+        except BaseException as error:
+            log.debug("the worker ended", exc_info=True)
             status = 1
             self._tell({"op": "failed", "message": describe(error)})
-        runner.close()
         self._tell({"op": "exited", "status": status})
 
     def _tell(self, message: Report) -> None:
@@ -151,6 +165,34 @@ class ThreadWorker:
             self._loop.call_soon_threadsafe(self._report, message)
         except RuntimeError:
             return  # the event loop is closed: nobody is left to be told
+
+
+def _spawn(control_fd: int) -> tuple[subprocess.Popen[bytes], int]:
+    """A worker's process and its pidfd."""
+    with _signals_held_back():
+        process = subprocess.Popen(
+            [sys.executable, "-P", "-m", "realtime_serve.engine.worker", "--control-fd", str(control_fd)],
+            pass_fds=(control_fd,),
+            stdin=subprocess.DEVNULL,
+            env=_child_environment(),
+        )
+    try:
+        return process, os.pidfd_open(process.pid)
+    except OSError:
+        process.kill()
+        process.wait()
+        raise
+
+
+@contextmanager
+def _signals_held_back() -> Iterator[None]:
+    """A process that is started meanwhile has these signals blocked, until it has said that it ignores them: a Ctrl-C
+    or a service manager's SIGTERM goes to the whole group."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGTERM))
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _child_environment() -> dict[str, str]:

@@ -61,7 +61,7 @@ def load_runner(spec: LoadSpec) -> Runner:
         from realtime_serve.runners.null import NullRunner
 
         step_ms = _number(options, "step_ms", 0.0)
-        _refuse_unknown(options, "null")
+        _refuse_unknown(options, model.name)
         return NullRunner(max_context=model.max_seq_length, max_batch_size=limits.max_batch_size, step_ms=step_ms)
 
     from realtime_serve.runners.torch_lm import TorchLM

@@ -80,14 +80,14 @@ class Supervisor:
         return self._worker
 
     def stalled_for(self, now: float) -> float:
-        """Seconds, by the monotonic clock's `now`, for which the worker has had streams and has made no step."""
+        """Seconds, by the monotonic clock's `now`, in which streams waited for the worker and it made no step."""
         client = self._client
         if client is None:
             return 0.0
-        steps, had_work = client.channel.steps, client.pump.open_streams > 0
-        if not had_work or steps != self._steps_seen:
+        steps = client.channel.steps
+        if steps != self._steps_seen:
             self._steps_seen, self._steps_seen_at = steps, now
-        return now - self._steps_seen_at
+        return min(now - self._steps_seen_at, client.pump.longest_wait_s)
 
     def start(self) -> None:
         """Starts a worker; `wait_ready` tells how that went."""
@@ -133,7 +133,11 @@ class Supervisor:
         self._restart = None
         self._generation += 1
         self._worker = self._new_worker()
-        self._worker.start(self.spec, self._on_report)
+        try:
+            self._worker.start(self.spec, self._on_report)
+        except (OSError, ModelLoadError) as error:
+            self._failure = str(error)
+            self._on_worker_exit(-1)
 
     def _on_report(self, report: Report) -> None:
         match report["op"]:
@@ -149,7 +153,12 @@ class Supervisor:
         if worker is None or self.state is WorkerState.STOPPED:
             return
         self.max_context = report["max_context"]
-        self._client = self._open_channel(self._generation, shared=worker.shared_memory)
+        try:
+            self._client = self._open_channel(self._generation, shared=worker.shared_memory)
+        except (OSError, RuntimeError) as error:  # no descriptors or memory left
+            self._failure = f"its channel could not be made: {error}"
+            worker.kill()
+            return
         worker.attach(self._client.channel)
         self._ready_at = asyncio.get_running_loop().time()
         self._set_state(WorkerState.READY)

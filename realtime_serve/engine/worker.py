@@ -20,13 +20,18 @@ from realtime_serve.errors import ServeError
 
 log = logging.getLogger(__name__)
 
+_MAX_REASON_CHARS = 2000
+
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="realtime_serve.engine.worker", description="A model worker.")
     parser.add_argument("--control-fd", type=int, required=True)
     args = parser.parse_args(argv)
-    # A Ctrl-C goes to the whole foreground group; the supervisor decides when a worker ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A Ctrl-C, or a service manager's SIGTERM, goes to the whole group; the supervisor decides when a worker ends. They
+    # were blocked until here.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
     return serve(ControlSocket(socket.socket(fileno=args.control_fd)))
 
 
@@ -53,23 +58,25 @@ def serve(control: ControlSocket) -> int:
 
 def describe(error: BaseException) -> str:
     """One line for a person: our own errors speak for themselves, others are named."""
-    text = " ".join(str(error).split())
+    text = " ".join(str(error)[:_MAX_REASON_CHARS].split())
     return text if isinstance(error, ServeError) else f"{type(error).__name__}: {text}"
 
 
 def _listen(control: ControlSocket, loop: StepLoop) -> None:
     """Turns control messages into commands of the step loop, until the supervisor is gone."""
     channels: dict[int, Channel] = {}
-    while True:
-        message, fds = control.receive()
-        if message is None or message["op"] == "stop":
-            loop.stop()
-            return
-        if message["op"] == "attach":
-            channels[message["channel"]] = channel = Channel.attach(*fds)
-            loop.attach(channel)
-        elif message["op"] == "detach":
-            loop.detach(channels.pop(message["channel"]))
+    try:
+        while True:
+            message, fds = control.receive()
+            if message is None or message["op"] == "stop":
+                return
+            if message["op"] == "attach":
+                channels[message["channel"]] = channel = Channel.attach(*fds)
+                loop.attach(channel)
+            elif message["op"] == "detach":
+                loop.detach(channels.pop(message["channel"]))
+    finally:
+        loop.stop()  # also where a message cannot be followed: a worker without its channel serves nobody
 
 
 if __name__ == "__main__":

@@ -1,0 +1,104 @@
+"""The server's process: signals and exit statuses."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import select
+import signal
+
+import pytest
+from program import infer, serve
+from support import DEADLINE_S
+
+
+class Streaming:
+    """A stream that is being read."""
+
+    def __init__(self, port: int, max_tokens: int) -> None:
+        self.connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+        self.connection.request("POST", "/infer", json.dumps({"prompt": "x", "max_tokens": max_tokens}))
+        self.answer = self.connection.getresponse()
+        assert self.answer.status == 200
+        assert self.answer.readline() == b"id: 0\n"  # it runs
+
+    def rest(self) -> tuple[int, dict[str, object]]:
+        """How many more tokens came, and the last event's data."""
+        *before, last = self.answer.read().decode().split("\n\n")[:-1]
+        self.connection.close()
+        return sum(event.startswith("id: ") for event in before), json.loads(last.split("data: ")[1])
+
+
+@pytest.mark.parametrize("isolation", ["process", "thread"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_lets_streams_finish(number: signal.Signals, isolation: str) -> None:
+    with serve("null", "--model-option", "step_ms=1", "--isolation", isolation) as server:
+        streams = [Streaming(server.port(), 300) for _ in range(3)]
+        # As a terminal's Ctrl-C or a service manager does it: the workers get it too.
+        os.killpg(server.process.pid, number)
+        for stream in streams:
+            count, done = stream.rest()
+            assert (count, done["finish_reason"]) == (299, "length")
+        status, out = server.end()
+        assert (status, out) == (0, "")
+        assert "Traceback" not in server.errors
+
+
+def test_a_second_signal_ends_it_now() -> None:
+    with serve("null", "--model-option", "step_ms=2", "--max-seq-length", "1000000") as server:
+        stream = Streaming(server.port(), 900_000)  # half an hour
+        server.process.send_signal(signal.SIGTERM)
+        _wait_for_drain(server.port())
+        server.process.send_signal(signal.SIGTERM)
+        count, done = stream.rest()
+        assert count < 900_000
+        assert done["finish_reason"] == "cancelled"
+        assert server.end()[0] == 0
+        assert "Traceback" not in server.errors
+
+
+def _wait_for_drain(port: int) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=DEADLINE_S)
+    while True:
+        connection.request("GET", "/ready")
+        answer = connection.getresponse()
+        answer.read()
+        if answer.status == 503:
+            connection.request("POST", "/infer", json.dumps({"prompt": "x"}))
+            refused = connection.getresponse()
+            assert (refused.status, json.load(refused)["error"]["code"]) == (503, "shutting_down")
+            connection.close()
+            return
+
+
+def test_a_worker_leaves_with_its_server() -> None:
+    with serve("null") as server:
+        port = server.port()
+        assert infer(port, prompt="x", max_tokens=3)["text"] == " the of and"
+        children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
+        with open(children) as file:
+            (worker,) = map(int, file.read().split())
+        gone = os.pidfd_open(worker)
+        server.process.kill()
+        assert select.select([gone], [], [], DEADLINE_S)[0], "the worker outlived its server"
+        os.close(gone)
+
+
+def test_a_port_in_use_is_one_line_and_status_2() -> None:
+    with serve("null") as first:
+        port = first.port()
+        with serve("null", "--port", str(port)) as second:
+            status, out = second.end()
+        assert (status, out) == (2, "")
+        assert second.errors.count("\n") == 1
+        assert f"port {port}" in second.errors
+        assert "--port" in second.errors
+        assert infer(port, prompt="x", max_tokens=2)["finish_reason"] == "length"
+
+
+def test_a_model_that_does_not_load_is_one_line_and_status_2() -> None:
+    with serve("null", "--model-option", "wrong=1") as server:
+        status, out = server.end()
+        assert (status, out) == (2, "")
+        assert server.errors == "realtime-serve: model 'null' has no option 'wrong'\n"
