@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 import pytest_asyncio
-from support import until
+from support import DEADLINE_S, until
 
 from realtime_serve._pump import Stream
 from realtime_serve.engine.client import ChannelClient, ChannelShape
@@ -85,7 +85,7 @@ class Streaming:
 
     async def end(self) -> None:
         self.stream.push_end()
-        await self.task
+        await asyncio.wait_for(self.task, DEADLINE_S)
         self.check_whole()
         self.stream.close()
 
@@ -147,7 +147,7 @@ async def test_a_broken_transport_harms_nobody_else(client: ChannelClient, metho
     assert broken.stream.buffered == 0  # read, so that its producer goes on until its handler is told
     await other.end()
     broken.stream.push_end()
-    await broken.task
+    await asyncio.wait_for(broken.task, DEADLINE_S)
     broken.stream.close()
     again = Streaming(client)
     again.push(3)
@@ -165,7 +165,7 @@ async def test_a_transport_that_breaks_while_it_is_behind(client: ChannelClient)
     other.push(3)
     await other.end()
     broken.stream.close()
-    await broken.task
+    await asyncio.wait_for(broken.task, DEADLINE_S)
 
 
 async def test_a_closed_transport_is_not_written_to(client: ChannelClient) -> None:
@@ -177,7 +177,7 @@ async def test_a_closed_transport_is_not_written_to(client: ChannelClient) -> No
     await until(lambda: left.stream.buffered == 0)
     assert len(left.transport.writes) == 1
     left.stream.close()
-    await left.task
+    await asyncio.wait_for(left.task, DEADLINE_S)
 
 
 async def test_a_stream_closed_in_the_same_turn_as_its_tokens(client: ChannelClient) -> None:
@@ -186,7 +186,7 @@ async def test_a_stream_closed_in_the_same_turn_as_its_tokens(client: ChannelCli
     closed.push(3)
     other.push(3)
     closed.stream.close()
-    await closed.task
+    await asyncio.wait_for(closed.task, DEADLINE_S)
     await other.end()
     assert closed.transport.writes == []
     assert client.pump.open_streams == 0
@@ -201,7 +201,7 @@ async def test_an_end_for_a_connection_that_is_behind_waits_for_it(client: Chann
     client.worker_died()
     assert not slow.task.done()
     slow.transport.held = 0
-    await slow.task
+    await asyncio.wait_for(slow.task, DEADLINE_S)
     assert slow.transport.indices == list(range(6))
     assert slow.stream.error == "worker_died"
     assert slow.transport.written.count(b"event: error") == 1
@@ -215,7 +215,7 @@ async def test_death_before_the_first_token_writes_nothing(client: ChannelClient
     ended.push(2)
     ended.stream.push_end()
     client.worker_died()
-    await asyncio.gather(silent.task, ended.task)
+    await asyncio.wait_for(asyncio.gather(silent.task, ended.task), DEADLINE_S)
     ended.check_whole()  # all of it was there
     assert (silent.transport.writes, silent.stream.started, silent.stream.error) == ([], False, "worker_died")
     for streaming in (silent, ended):
@@ -260,14 +260,14 @@ async def test_a_look_that_was_put_off_past_the_stop_does_not_come_again() -> No
         await asyncio.sleep(0)
     assert turns == after
     stream.close()
-    await writing
+    await asyncio.wait_for(writing, DEADLINE_S)
     client.pump.stop()
 
 
 async def test_silence_ends_a_stream_behind_what_it_was_given(client: ChannelClient) -> None:
     silent, mute = Streaming(client, timeout_s=0.05), Streaming(client, timeout_s=0.05)
     silent.push(2)
-    await asyncio.gather(silent.task, mute.task)
+    await asyncio.wait_for(asyncio.gather(silent.task, mute.task), DEADLINE_S)
     assert silent.transport.indices == [0, 1]
     assert b'"code":"timeout"' in silent.transport.written
     assert (mute.transport.writes, mute.stream.error) == ([], "timeout")

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Iterator
 
 import pytest
-from support import DEADLINE_S
+from support import DEADLINE_S, until
 
 from realtime_serve.engine.client import ChannelClient, ChannelShape
 from realtime_serve.engine.step_loop import EngineLimits, StepLoop
@@ -29,9 +29,12 @@ class ScriptedRunner(NullRunner):
         self.spoil: Callable[[StepBatch], None] = lambda batch: None
         self.gate = threading.Event()
         self.gate.set()
+        self.held = threading.Event()
+        """Set by a step that is being held up."""
 
     def step(self, batch: StepBatch) -> None:
-        assert self.gate.wait(DEADLINE_S)
+        while not self.gate.wait(0.002):
+            self.held.set()
         self.steps += 1
         super().step(batch)
         self.spoil(batch)
@@ -165,21 +168,21 @@ async def test_a_second_channel_comes_and_goes_while_the_first_runs(loop: Loop) 
 
 async def test_stop_ends_streams_as_cancelled(loop: Loop) -> None:
     client = loop.connect()
-    running, waiting = submit(client, max_tokens=4000), [submit(client) for _ in range(2)]
+    running = submit(client, max_tokens=4000)
     await anext(running)
     loop.runner.gate.clear()
-    late = submit(client)
+    reading = asyncio.ensure_future(read(running))
+    await until(loop.runner.held.is_set)
+    late = [submit(client) for _ in range(12)]  # still in their lanes
     loop.step_loop.stop()
     loop.runner.gate.set()
     loop.thread.join(DEADLINE_S)
     assert not loop.thread.is_alive()
-    await read(running)
+    await reading
     assert running.finish_reason == "cancelled"
-    for stream in waiting:
-        await read(stream)
-        assert stream.finish_reason in ("length", "cancelled")
-    await read(late)  # still in its lane when the loop stopped
-    assert late.finish_reason == "cancelled"
+    for stream in late:
+        assert await read(stream) == []
+        assert stream.finish_reason == "cancelled"
     assert client.pump.open_streams == 0
 
 
@@ -190,9 +193,7 @@ async def test_cancelling_a_waiting_sequence_frees_it(loop: Loop) -> None:
     for stream in streams:
         await stream.aclose()
     loop.runner.gate.set()
-    async with asyncio.timeout(DEADLINE_S):
-        while client.pump.open_streams:  # noqa: ASYNC110
-            await asyncio.sleep(0.002)
+    await until(lambda: client.pump.open_streams == 0)
     assert len(await read(submit(client))) == 4
 
 
