@@ -7,7 +7,7 @@ import re
 import struct
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -56,6 +56,8 @@ def test_vocabulary() -> None:
 
 @given(byte_pieces)
 def test_detokenizer_is_pythons_incremental_decoder(pieces: list[bytes]) -> None:
+    # Of a surrogate's bytes CPython holds the first two back, though nothing can complete them.
+    assume(not re.search(rb"\xed[\xa0-\xbf]", b"".join(pieces)))
     detokenizer = _core.Detokenizer()
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     for piece in pieces:
