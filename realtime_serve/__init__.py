@@ -11,6 +11,7 @@ from realtime_serve.errors import ServeError
 from realtime_serve.types import (
     InferenceRequest,
     InferenceResponse,
+    Outcome,
     RequestPriority,
     StreamToken,
     Timings,
@@ -18,18 +19,26 @@ from realtime_serve.types import (
 )
 
 if TYPE_CHECKING:
+    from realtime_serve.batch import BatchScheduler
+    from realtime_serve.middleware import MetricsCollector, MiddlewareChain, RateLimiter, RequestLogger
     from realtime_serve.models import Model, ModelRegistry
     from realtime_serve.server import InferenceServer, run_server
     from realtime_serve.stream import StreamManager, TokenStream
 
 __all__ = [
     "BatchConfig",
+    "BatchScheduler",
     "InferenceRequest",
     "InferenceResponse",
     "InferenceServer",
+    "MetricsCollector",
+    "MiddlewareChain",
     "Model",
     "ModelConfig",
     "ModelRegistry",
+    "Outcome",
+    "RateLimiter",
+    "RequestLogger",
     "RequestPriority",
     "ServeError",
     "ServerConfig",
@@ -44,7 +53,12 @@ __all__ = [
 
 # Loaded when they are first asked for: a command line that only prints its version needs neither the core nor asyncio.
 _LAZY = {
+    "BatchScheduler": "batch",
     "InferenceServer": "server",
+    "MetricsCollector": "middleware",
+    "MiddlewareChain": "middleware",
+    "RateLimiter": "middleware",
+    "RequestLogger": "middleware",
     "Model": "models",
     "ModelRegistry": "models",
     "StreamManager": "stream",

@@ -27,6 +27,8 @@ class Channel:
     @property
     def steps(self) -> int:
         """Steps that the worker has committed while it was attached."""
+    def stats(self) -> dict[str, Any]:
+        """What the worker counts: histograms as (counts by significant bits, sum), and numbers."""
 
 @final
 class EngineCore:
@@ -69,6 +71,18 @@ class EngineCore:
     def wait(self) -> None: ...
     def wake(self) -> None: ...
     def close(self) -> None: ...
+
+@final
+class PriorityQueue:
+    """Numbers by priority, deadline and arrival; one that has waited for ageing_ns goes first."""
+
+    def __init__(self, *, capacity: int, ageing_ns: int) -> None: ...
+    def push(self, priority: int, arrival_ns: int, deadline_ns: int, number: int) -> bool:
+        """False where it is full. A deadline of 0 is none."""
+    def pop(self, now_ns: int) -> int | None:
+        """None where it is empty."""
+    def __len__(self) -> int: ...
+    def size_of(self, priority: int) -> int: ...
 
 @final
 class Vocabulary:

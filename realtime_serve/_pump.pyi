@@ -2,7 +2,7 @@
 
 from asyncio import AbstractEventLoop, Transport
 from collections.abc import Sequence
-from typing import final
+from typing import Any, final
 
 from realtime_serve._core import Channel
 
@@ -58,12 +58,18 @@ class Stream:
 class Pump:
     """Serves the streams of one channel. Everything of it belongs to the event loop's thread."""
 
-    def __init__(self, channel: Channel, loop: AbstractEventLoop) -> None: ...
+    def __init__(self, channel: Channel, loop: AbstractEventLoop, cut_after_s: float = 30.0) -> None: ...
     def start(self) -> None: ...
     def stop(self) -> None:
         """Ends every open stream, as `fail` does, and leaves the channel."""
     def fail(self) -> None:
         """Ends every open stream behind what it was given: with the error that its worker died, if not properly."""
+    def stats(self) -> dict[str, Any]:
+        """What readers see: gaps between tokens as (counts by significant bits of microseconds, their sum), and counts.
+
+        writes; coalesced, tokens that shared a write with the one before; slowed, times that a connection fell behind
+        and its streams were held in their rings; cut, connections that were behind for too long.
+        """
     @property
     def open_streams(self) -> int: ...
     @property

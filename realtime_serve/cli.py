@@ -222,6 +222,7 @@ def _serve(options: argparse.Namespace) -> int:
     logging.basicConfig(
         level=server.log_level, format="%(asctime)s %(levelname)s %(name)s: %(message)s", stream=sys.stderr
     )
+    _log_requests_as_they_are()
 
     from realtime_serve.models import check_device, resolve_model
     from realtime_serve.server import run_server
@@ -232,6 +233,15 @@ def _serve(options: argparse.Namespace) -> int:
         resolve_model(model)
     _run_loop(run_server(server, [model]))
     return 0
+
+
+def _log_requests_as_they_are() -> None:
+    """The request log is JSON, a line each, with nothing in front of it."""
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    requests = logging.getLogger("realtime_serve.requests")
+    requests.addHandler(handler)
+    requests.propagate = False
 
 
 @contextlib.contextmanager

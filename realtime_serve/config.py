@@ -122,6 +122,9 @@ class ServerConfig:
         "process", "where a worker runs: process (one of its own) or thread", choices=("process", "thread")
     )
     max_body_bytes: int = _setting(4 << 20, "bytes of a request's body", low=1024, high=1 << 30)
+    slow_reader_timeout: float = _setting(
+        30.0, "seconds that a client may be behind before it is cut off", low=0.001, high=MAX_SECONDS
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.log_level, str):

@@ -88,6 +88,27 @@ class QueueFullError(ServeError):
         self.retry_after = retry_after
 
 
+class RateLimitedError(ServeError):
+    """A client has made more requests than its rate allows."""
+
+    status = 429
+    type = "rate_limit_error"
+    label = "rate_limited"
+    code = "rate_limited"
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class TooManyConnectionsError(ServeError):
+    status = 503
+    type = "service_unavailable_error"
+    label = "unavailable"
+    code = "too_many_connections"
+    retry_after = 1.0
+
+
 class ShuttingDownError(ServeError):
     status = 503
     type = "service_unavailable_error"

@@ -4,37 +4,31 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import logging
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
+from realtime_serve._pump import Stream
 from realtime_serve.config import ModelConfig, ServerConfig
 from realtime_serve.errors import ConfigError, ServeError
+from realtime_serve.http.bind import bind
+from realtime_serve.middleware import MetricsCollector, MiddlewareChain, RateLimiter, RequestLogger
 from realtime_serve.models import ModelRegistry, check_device
 from realtime_serve.service import InferenceService
-from realtime_serve.stream import StreamManager, TokenStream, collect
+from realtime_serve.stream import StreamManager, TokenStream
 from realtime_serve.types import InferenceRequest, InferenceResponse, StreamToken
 
 if TYPE_CHECKING:
-    from aiohttp import web
+    from realtime_serve.http.listener import Listener
 
 log = logging.getLogger(__name__)
-
-_BACKLOG = 1024
-# What handlers get for their last bytes once their streams have ended.
-_HANDLERS_END_S = 1.0
-# Bytes that the kernel may hold for one connection beyond what its peer has acknowledged room for: the ring and the
-# sequence's pause are where a slow reader is to be felt, not megabytes of socket buffer.
-_NOTSENT_LOWAT = 64 * 1024
-_SEND_BUFFER = 64 * 1024
-_TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
 
 
 class InferenceServer:
@@ -57,7 +51,7 @@ class InferenceServer:
         self.config = replace(config or ServerConfig(), **{k: v for k, v in given.items() if v is not None})
         self._service = InferenceService(self.config)
         self._registered: list[ModelConfig] = []
-        self._runner: web.AppRunner | None = None
+        self._listener: Listener | None = None
         self._socket: socket.socket | None = None
         self._stop_requested: asyncio.Event | None = None
         self._stopped: asyncio.Event | None = None
@@ -73,9 +67,31 @@ class InferenceServer:
         return self._service.streams
 
     @property
+    def middleware_chain(self) -> MiddlewareChain:
+        """`add` takes the user's own: `async def (request, next)`. They run inside the built-in three."""
+        return self._service.middleware
+
+    @property
+    def rate_limiter(self) -> RateLimiter:
+        return self._service.rate_limiter
+
+    @property
+    def request_logger(self) -> RequestLogger:
+        return self._service.request_logger
+
+    @property
+    def metrics_collector(self) -> MetricsCollector:
+        return self._service.metrics
+
+    @property
     def port(self) -> int | None:
         """The port that is listened on; None before `start`."""
         return self._socket.getsockname()[1] if self._socket is not None else None
+
+    @property
+    def connections(self) -> int:
+        """HTTP connections that are open."""
+        return self._listener.connections if self._listener is not None else 0
 
     def register_model(self, config: ModelConfig) -> None:
         """Names a model to serve; from any thread. Before the start it is loaded at the start; after it, at once in the
@@ -142,23 +158,48 @@ class InferenceServer:
 
     async def stream(self, request: InferenceRequest) -> AsyncIterator[StreamToken]:
         """The answer's tokens as they come. Leaving the iterator early cancels the sequence."""
-        model, stream = await self._service.submit(request)
+        started: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
+        read = asyncio.Event()
+
+        async def deliver(stream: Stream) -> None:
+            started.set_result(stream)
+            await read.wait()
+
+        # The middleware is around all of it, while this iterator is left and entered again.
+        serving = asyncio.ensure_future(self._service.serve(request, deliver))
         try:
-            async with TokenStream(stream) as tokens:
-                async for token in tokens:
-                    yield token
+            await asyncio.wait((serving, started), return_when=asyncio.FIRST_COMPLETED)
+            if not started.done():
+                await serving  # it was refused
+                return
+            async for token in TokenStream(started.result()):
+                yield token
+            read.set()
+            await serving
         finally:
-            model.record_inference(stream.token_count)
+            serving.cancel()
+            await asyncio.gather(serving, return_exceptions=True)
 
     async def infer(self, request: InferenceRequest) -> InferenceResponse:
         """The whole answer."""
-        model, stream = await self._service.submit(request)
-        try:
-            return await collect(
-                TokenStream(stream), request_id=request.request_id, model=model.name, version=model.version
-            )
-        finally:
-            model.record_inference(stream.token_count)
+        started = time.perf_counter()
+        tokens: list[StreamToken] = []
+
+        async def deliver(stream: Stream) -> None:
+            tokens.extend([token async for token in TokenStream(stream)])
+
+        outcome = await self._service.serve(request, deliver)
+        return InferenceResponse(
+            request_id=request.request_id,
+            model=outcome.model,
+            tokens=tokens,
+            total_tokens=len(tokens),
+            latency_ms=(time.perf_counter() - started) * 1e3,
+            finish_reason=outcome.finish_reason,
+            version=outcome.version,
+            usage=outcome.usage,
+            timings=outcome.timings,
+        )
 
     async def start(self, host: str | None = None, port: int | None = None) -> None:
         """Listens and serves until `stop()`, SIGTERM or SIGINT; a second signal ends it without waiting for streams.
@@ -169,7 +210,7 @@ class InferenceServer:
         if self._loop is not None or self._socket is not None:
             raise ServeError("the server is started already")
         host = self.config.host if host is None else host
-        self._socket = _listen(host, self.config.port if port is None else port)
+        self._socket = bind(host, self.config.port if port is None else port)
         self._stop_requested, self._stopped = asyncio.Event(), asyncio.Event()
         try:
             with _signals_call(self._on_signal):
@@ -197,9 +238,9 @@ class InferenceServer:
             stopping.cancel()
             await asyncio.gather(opening, stopping, return_exceptions=True)
             await self._close(drain_s=drain_s)
-            if self._runner is not None:
-                await self._runner.cleanup()
-                self._runner = None
+            if self._listener is not None:
+                await self._listener.stop()
+                self._listener = None
 
     async def stop(self) -> None:
         """Ends `start`: new requests are refused, running streams finish within graceful_shutdown_timeout."""
@@ -215,16 +256,12 @@ class InferenceServer:
         self._stop_requested.set()
 
     async def _listen_http(self) -> None:
-        from aiohttp import web
-
         from realtime_serve.http.app import build_app
+        from realtime_serve.http.listener import Listener
 
         assert self._socket is not None
-        self._runner = web.AppRunner(
-            build_app(self._service), handler_cancellation=True, access_log=None, shutdown_timeout=_HANDLERS_END_S
-        )
-        await self._runner.setup()
-        await web.SockSite(self._runner, self._socket, backlog=_BACKLOG).start()
+        self._listener = Listener(build_app(self._service), max_connections=self.config.max_connections)
+        await self._listener.start(self._socket)
 
     def _announce(self, host: str) -> None:
         """Says, in one screen, where the server listens and what to try."""
@@ -249,31 +286,6 @@ async def run_server(config: ServerConfig, models: Sequence[ModelConfig] = ()) -
     for model in models:
         server.register_model(model)
     await server.start()
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """A bound, listening socket whose connections hold little in the kernel. Raises ConfigError naming the port."""
-    try:
-        family, kind, proto, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except (OSError, UnicodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "it is no host name"
-        raise ConfigError(f"host {host!r} cannot be listened on: {reason}", field="host") from None
-    sock = socket.socket(family, kind, proto)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        # Accepted connections inherit these.
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        sock.setsockopt(socket.IPPROTO_TCP, _TCP_NOTSENT_LOWAT, _NOTSENT_LOWAT)
-        sock.bind(address)
-        sock.listen(_BACKLOG)
-    except OSError as error:
-        sock.close()
-        advice = "; stop what listens there, or choose another with --port" if error.errno == errno.EADDRINUSE else ""
-        raise ConfigError(
-            f"port {port} on {host!r} cannot be listened on: {error.strerror}{advice}", field="port"
-        ) from None
-    sock.setblocking(False)
-    return sock
 
 
 @contextlib.contextmanager

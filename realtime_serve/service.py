@@ -5,14 +5,17 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections.abc import Awaitable, Callable
 
 from realtime_serve._pump import Stream
 from realtime_serve.config import ServerConfig
 from realtime_serve.engine.step_loop import EngineLimits
-from realtime_serve.errors import ShuttingDownError
+from realtime_serve.errors import ShuttingDownError, stream_error
+from realtime_serve.middleware import MetricsCollector, MiddlewareChain, RateLimiter, RequestLogger
 from realtime_serve.models import Model, ModelRegistry
 from realtime_serve.stream import StreamManager
-from realtime_serve.types import InferenceRequest
+from realtime_serve.telemetry import EngineMetrics
+from realtime_serve.types import InferenceRequest, Outcome, Timings, Usage
 
 # A worker with work that has made no step for this long is reported as stalled. The longest step that is normal, a
 # full prefill chunk of a large model on a slow CPU, takes a few seconds.
@@ -20,8 +23,12 @@ _STALLED_AFTER_S = 30.0
 _DRAIN_POLL_S = 0.02
 
 
+Deliver = Callable[[Stream], Awaitable[None]]
+"""Hands a stream to its reader, to its end."""
+
+
 class InferenceService:
-    """The registry and the streams of one server, and whether it still takes requests."""
+    """The registry, the streams and the middleware of one server, and whether it still takes requests."""
 
     def __init__(self, config: ServerConfig) -> None:
         self.config = config
@@ -30,6 +37,7 @@ class InferenceService:
             config.request_timeout,
             config.stream_buffer_tokens,
             max_streams=config.max_batch_size + config.max_queue,
+            slow_reader_timeout=config.slow_reader_timeout,
         )
         self.registry = ModelRegistry(
             self.streams,
@@ -42,6 +50,11 @@ class InferenceService:
             isolation=config.isolation,
             log_level=config.log_level,
         )
+        self.rate_limiter = RateLimiter(config.rate_limit_per_minute)
+        self.request_logger = RequestLogger(config.log_level)
+        self.metrics = MetricsCollector(is_served=lambda name: self.registry.get_model(name) is not None)
+        self.metrics.add_source(EngineMetrics(self.registry))
+        self.middleware = MiddlewareChain((self.request_logger, self.metrics, self.rate_limiter))
         self._drain_ended = asyncio.Event()
 
     def open(self) -> None:
@@ -49,8 +62,29 @@ class InferenceService:
         self.is_draining = False
         self._drain_ended = asyncio.Event()
 
-    async def submit(self, request: InferenceRequest) -> tuple[Model, Stream]:
-        """Queues a request on its model's active version. Raises ServeError where it cannot be served."""
+    async def serve(self, request: InferenceRequest, deliver: Deliver) -> Outcome:
+        """Takes a request through the middleware and serves it to its end.
+
+        Raises ServeError where it cannot be served, or where its stream fails: `deliver` has then handed on what there
+        was. Cancelled, it cancels the sequence.
+        """
+        return await self.middleware.run(request, lambda admitted: self._serve(admitted, deliver))
+
+    async def _serve(self, request: InferenceRequest, deliver: Deliver) -> Outcome:
+        model, stream = await self._submit(request)
+        try:
+            await deliver(stream)
+            if stream.error:
+                raise stream_error(stream.error)
+            return Outcome(
+                model.name, model.version, stream.finish_reason, Usage(*stream.usage()), Timings(*stream.timings())
+            )
+        finally:
+            model.record_inference(stream.token_count)
+            stream.close()
+
+    async def _submit(self, request: InferenceRequest) -> tuple[Model, Stream]:
+        """Queues a request on its model's active version."""
         if self.is_draining:
             raise ShuttingDownError("the server is shutting down; it takes no new requests")
         model = self.registry.require_model(request.model)

@@ -12,7 +12,7 @@ from typing import Any
 from realtime_serve._pump import Stream
 from realtime_serve.engine.client import ChannelClient, ChannelShape
 from realtime_serve.errors import QueueFullError, stream_error
-from realtime_serve.types import MAX_SECONDS, InferenceResponse, StreamToken, Timings, Usage, number_problem
+from realtime_serve.types import MAX_SECONDS, StreamToken, Timings, Usage, number_problem
 
 
 class TokenStream(AsyncIterator[StreamToken]):
@@ -66,24 +66,6 @@ class TokenStream(AsyncIterator[StreamToken]):
         self._stream.close()
 
 
-async def collect(stream: TokenStream, *, request_id: str, model: str, version: str) -> InferenceResponse:
-    """Reads a stream to its end."""
-    started = time.perf_counter()
-    async with stream:
-        tokens = [token async for token in stream]
-    return InferenceResponse(
-        request_id=request_id,
-        model=model,
-        tokens=tokens,
-        total_tokens=len(tokens),
-        latency_ms=(time.perf_counter() - started) * 1e3,
-        finish_reason=stream.finish_reason,
-        version=version,
-        usage=stream.usage,
-        timings=stream.timings,
-    )
-
-
 class StreamManager:
     """Makes the channels that streams live in: one for each worker, and one for streams fed by `push_token`.
 
@@ -92,11 +74,18 @@ class StreamManager:
     `max_streams` streams.
     """
 
-    def __init__(self, default_timeout: float = 30.0, buffer_size: int = 100, *, max_streams: int = 1024) -> None:
+    def __init__(
+        self,
+        default_timeout: float = 30.0,
+        buffer_size: int = 100,
+        *,
+        max_streams: int = 1024,
+        slow_reader_timeout: float = 30.0,
+    ) -> None:
         if buffer_size < 1:
             raise ValueError(f"buffer_size must be at least 1 token; it is {buffer_size!r}")
         self._default_timeout = _checked_timeout("default_timeout", default_timeout)
-        self._shape = ChannelShape(slots=max_streams, buffer_tokens=buffer_size)
+        self._shape = ChannelShape(max_streams, buffer_size, slow_reader_timeout)
         self._channels: weakref.WeakSet[ChannelClient] = weakref.WeakSet()
         self._local: ChannelClient | None = None
         self._streams: dict[str, _NamedStream] = {}

@@ -135,6 +135,17 @@ class InferenceResponse:
     timings: Timings = Timings()
 
 
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """How a request was answered: what middleware sees once the last token has gone to its reader."""
+
+    model: str
+    version: str
+    finish_reason: str | None
+    usage: Usage
+    timings: Timings
+
+
 def check_context(prompt_tokens: int, max_tokens: int, max_context: int) -> None:
     """Raises PromptTooLongError or InvalidRequestError where a model's context cannot hold prompt and answer."""
     if prompt_tokens < 1:

@@ -15,11 +15,12 @@ PACKAGE = ROOT / "realtime_serve"
 LAYERS = (
     ("_version", "_core", "errors", "types"),
     ("config", "devices"),
-    ("hub", "installer", "tokenizer", "runners"),
+    ("batch", "hub", "installer", "tokenizer", "runners"),
     ("_pump",),
     ("engine",),
     ("stream",),
     ("models",),
+    ("middleware", "telemetry"),
     ("service",),
     ("http",),
     ("server",),

@@ -25,6 +25,32 @@ std::uint32_t ring_bytes_for(std::uint32_t records) {
 
 }  // namespace
 
+namespace {
+
+template <std::size_t kSize>
+py::tuple to_python(const Histogram<kSize>& histogram) {
+  py::list counts(kSize);
+  for (std::size_t bucket = 0; bucket < kSize; ++bucket) counts[bucket] = histogram.count(bucket);
+  return py::make_tuple(counts, histogram.sum());
+}
+
+py::dict stats_of(const Channel& channel) {
+  const WorkerStats& stats = channel.header().stats;
+  const auto number = [](const std::atomic<std::uint64_t>& counter) { return counter.load(std::memory_order_relaxed); };
+  py::dict all;
+  all["step_us"] = to_python(stats.step_us);
+  all["batch_sequences"] = to_python(stats.batch_sequences);
+  all["batch_tokens"] = to_python(stats.batch_tokens);
+  all["stalls"] = number(stats.stalls);
+  all["running"] = number(stats.running);
+  all["waiting"] = number(stats.waiting);
+  all["kv_blocks"] = number(stats.kv_blocks);
+  all["kv_blocks_used"] = number(stats.kv_blocks_used);
+  return all;
+}
+
+}  // namespace
+
 void register_channel(py::module_& m) {
   py::class_<Channel, std::shared_ptr<Channel>>(m, "Channel", "What one front end and one worker share.")
       .def_static(
@@ -52,6 +78,7 @@ void register_channel(py::module_& m) {
       .def_property_readonly(
           "steps", [](const Channel& channel) { return channel.header().steps.load(std::memory_order_relaxed); },
           "Steps that the worker has committed while it was attached.")
+      .def("stats", &stats_of, "What the worker counts: histograms as (counts by significant bits, sum), and numbers.")
       // For the Cython module, which shares the object and not a copy. The capsule holds a reference of its own.
       .def("capsule", [](const std::shared_ptr<Channel>& channel) {
         return py::capsule(new std::shared_ptr<Channel>(channel), "rts.Channel",

@@ -8,4 +8,5 @@ PYBIND11_MODULE(_core, m) {
   rts::bindings::register_channel(m);
   rts::bindings::register_engine_core(m);
   rts::bindings::register_gguf(m);
+  rts::bindings::register_priority_queue(m);
 }

@@ -25,6 +25,8 @@ log = logging.getLogger("realtime_serve.pump")
 # A connection whose transport holds more than this is behind: its streams stay in their rings until it has caught up.
 cdef Py_ssize_t HIGH_WATER = 64 * 1024
 cdef Py_ssize_t LOW_WATER = 16 * 1024
+# What a connection may be behind by before it is cut off, unless the pump is told otherwise.
+cdef double CUT_AFTER_S = 30.0
 # How often a connection that is behind is looked at, and how often streams are checked for their timeouts.
 cdef double CATCH_UP_S = 0.01
 cdef double TIMEOUT_CHECK_S = 0.05
@@ -104,6 +106,11 @@ cdef extern from "rts/sse_writer.hpp" namespace "rts" nogil:
 cdef extern from "rts/token_ring.hpp" namespace "rts" nogil:
     const uint32_t kMaxPushedTextBytes
 
+cdef extern from "rts/histogram.hpp" namespace "rts" nogil:
+    cdef cppclass TokenGaps "rts::Histogram<27>":
+        uint64_t count(size_t)
+        uint64_t sum()
+
 cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
     cdef enum class StreamFormat(uint8_t):
         kTokens
@@ -150,6 +157,7 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         const EndExtension& end(uint32_t)
         int64_t last_progress_ns(uint32_t)
         int64_t longest_wait_ns()
+        const TokenGaps& token_gaps_us()
         uint32_t open_streams()
 
 
@@ -177,6 +185,7 @@ cdef class Connection:
     cdef bint chunked
     cdef bint chunk_is_open
     cdef bint behind
+    cdef double behind_since
     cdef bint touched
     cdef bint broken
 
@@ -202,7 +211,9 @@ cdef class Connection:
         try:
             if not self.broken and not self.transport.is_closing():  # else its handler is about to be told
                 self.transport.write(PyBytes_FromStringAndSize(self.buffer.data(), self.buffer.size()))
-                self.behind = self.transport.get_write_buffer_size() > HIGH_WATER
+                if self.transport.get_write_buffer_size() > HIGH_WATER:
+                    self.behind = True
+                    self.behind_since = CLOCK.now_ns() / 1e9
         except Exception:
             self.give_up()
         self.buffer.clear()
@@ -211,6 +222,16 @@ cdef class Connection:
         if self.broken or self.transport.is_closing() or self.transport.get_write_buffer_size() <= LOW_WATER:
             self.behind = False
         return not self.behind
+
+    cdef double behind_for(self):
+        return CLOCK.now_ns() / 1e9 - self.behind_since
+
+    cdef cut(self):
+        """Ends a connection whose reader has not caught up in time."""
+        log.warning("a client that could not keep up for %.0f s is cut off", self.behind_for())
+        self.broken = True
+        self.behind = False
+        self.transport.abort()
 
     cdef give_up(self):
         """Ends a connection that cannot be written to, and it alone. For use where the exception is being handled."""
@@ -386,12 +407,18 @@ cdef class Pump:
     cdef list streams
     cdef list touched
     cdef list behind
+    cdef double cut_after_s
+    # Since the pump was made.
+    cdef uint64_t writes
+    cdef uint64_t coalesced
+    cdef uint64_t slowed
+    cdef uint64_t cut
     cdef FrameBuffer unused
     cdef object catch_up_timer
     cdef object timeout_timer
     cdef bint running
 
-    def __init__(self, channel, loop):
+    def __init__(self, channel, loop, double cut_after_s=CUT_AFTER_S):
         self.loop = loop
         self.channel = channel
         capsule = channel.capsule()  # it must outlive the copy
@@ -400,6 +427,7 @@ cdef class Pump:
         self.streams = [None] * channel.slots
         self.touched = []
         self.behind = []
+        self.cut_after_s = cut_after_s
 
     def start(self):
         self.running = True
@@ -421,6 +449,21 @@ cdef class Pump:
     @property
     def open_streams(self):
         return self.table.get().open_streams()
+
+    def stats(self):
+        """What readers see: gaps between tokens as (counts by significant bits of microseconds, their sum), and counts.
+
+        writes; coalesced, tokens that shared a write with the one before; slowed, times that a connection fell behind
+        and its streams were held in their rings; cut, connections that were behind for too long.
+        """
+        cdef const TokenGaps* gaps = &self.table.get().token_gaps_us()
+        return {
+            "token_gaps_us": ([gaps.count(bucket) for bucket in range(27)], gaps.sum()),
+            "writes": self.writes,
+            "coalesced": self.coalesced,
+            "slowed": self.slowed,
+            "cut": self.cut,
+        }
 
     @property
     def longest_wait_s(self):
@@ -523,8 +566,11 @@ cdef class Pump:
         if stream.served:  # its worker announced once more what an earlier look had taken
             return True
         if connection.behind and not connection.caught_up():
-            self._retry_later(stream)
-            return False
+            if connection.behind_for() < self.cut_after_s:
+                self._retry_later(stream)
+                return False
+            self.cut += 1
+            connection.cut()
         return self._frame(stream, connection)
 
     cdef bint _frame(self, Stream stream, Connection connection):
@@ -534,6 +580,8 @@ cdef class Pump:
         cdef uint32_t tokens = table.drain(slot, out[0])
         cdef bint ended = table.ended(slot)
         stream.served = ended
+        if tokens > 1:
+            self.coalesced += tokens - 1
         if ended and not stream.wrote and tokens == 0 and table.error(slot) != <StreamError>0:
             connection.buffer.clear()
             stream.wake()
@@ -555,6 +603,8 @@ cdef class Pump:
         for connection in self.touched:
             connection.touched = False
             connection.flush()
+            self.writes += 1
+            self.slowed += connection.behind
         self.touched.clear()
 
     cdef _retry_later(self, Stream stream):

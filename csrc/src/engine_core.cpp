@@ -88,7 +88,9 @@ void EngineCore::detach(const Channel& channel) {
 
 std::optional<StepShape> EngineCore::schedule() {
   take_in();
-  plan_ = scheduler_.schedule(clock_.now_ns());
+  step_started_ns_ = clock_.now_ns();
+  plan_ = scheduler_.schedule(step_started_ns_);
+  show_load();
   ring_front_ends();  // take_in may have ended cancelled streams
   if (plan_ == nullptr) return std::nullopt;
   assembler_.assemble(*plan_);
@@ -231,12 +233,33 @@ void EngineCore::commit() {
     publish(*row.sequence, logprobs_[at], now_ns);
     ++at;
   }
+  count_step(*plan_);
   plan_ = nullptr;
   collect_released();
-  for (const std::unique_ptr<Attached>& attached : channels_) {
-    if (attached) attached->channel->header().steps.fetch_add(1, std::memory_order_relaxed);
-  }
   ring_front_ends();
+}
+
+void EngineCore::count_step(const Plan& plan) {
+  const auto step_us = static_cast<std::uint64_t>((clock_.now_ns() - step_started_ns_) / 1000);
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (!attached) continue;
+    ChannelHeader& header = attached->channel->header();
+    header.steps.fetch_add(1, std::memory_order_relaxed);
+    header.stats.step_us.add(step_us);
+    header.stats.batch_sequences.add(plan.rows.size());
+    header.stats.batch_tokens.add(plan.tokens);
+  }
+}
+
+void EngineCore::show_load() {
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (!attached) continue;
+    WorkerStats& stats = attached->channel->header().stats;
+    stats.running.store(scheduler_.running().size(), std::memory_order_relaxed);
+    stats.waiting.store(waiting_.size(), std::memory_order_relaxed);
+    stats.kv_blocks.store(blocks_.size(), std::memory_order_relaxed);
+    stats.kv_blocks_used.store(blocks_.in_use(), std::memory_order_relaxed);
+  }
 }
 
 void EngineCore::abort() {
@@ -279,15 +302,11 @@ void EngineCore::stall(Sequence& sequence, std::int64_t now_ns) {
   sequence.stalled_since_ns = now_ns;
   sequence.paused = true;
   stalled_.push_back(&sequence);
+  raise(channels_[sequence.channel]->channel->header().stats.stalls);
 }
 
 void EngineCore::resume_stalled() {
   if (stalled_.empty()) return;
-  // Raised before the rings are looked at: a front end that reads one after this look sees it, and rings.
-  for (const std::unique_ptr<Attached>& attached : channels_) {
-    if (attached) attached->channel->header().worker_stalled.store(1, std::memory_order_relaxed);
-  }
-  std::atomic_thread_fence(std::memory_order_seq_cst);  // (5)
   const std::int64_t now_ns = clock_.now_ns();
   std::erase_if(stalled_, [&](Sequence* sequence) {
     if (!channels_[sequence->channel]->writers[sequence->slot].has_room()) return false;
@@ -344,6 +363,7 @@ void EngineCore::wait() {
     attached->channel->worker_bell().arm();
     sleeping_on.push_back({attached->channel->worker_bell_fd(), POLLIN, 0});
   }
+  ask_for_room();
   if (!has_news()) {
     while (::poll(sleeping_on.data(), sleeping_on.size(), -1) < 0 && errno == EINTR) {
     }
@@ -354,6 +374,15 @@ void EngineCore::wait() {
   std::uint64_t wakes;
   while (::read(wake_fd_.get(), &wakes, sizeof wakes) > 0) {
   }
+}
+
+// Only once the bells are armed: a front end that takes the request then rings a bell that wakes.
+void EngineCore::ask_for_room() {
+  if (stalled_.empty()) return;
+  for (const std::unique_ptr<Attached>& attached : channels_) {
+    if (attached) attached->channel->header().worker_stalled.store(1, std::memory_order_release);  // (7)
+  }
+  std::atomic_thread_fence(std::memory_order_seq_cst);  // (5)
 }
 
 bool EngineCore::has_news() const {

@@ -170,8 +170,8 @@ void StreamTable::disarm() {
 void StreamTable::rings_read() {
   std::atomic_thread_fence(std::memory_order_seq_cst);  // (6)
   auto& stalled = channel_->header().worker_stalled;
-  if (stalled.load(std::memory_order_relaxed) == 0) return;
-  stalled.store(0, std::memory_order_relaxed);
+  if (stalled.load(std::memory_order_relaxed) == 0 || stalled.exchange(0, std::memory_order_acquire) == 0)
+    return;  // (8)
   channel_->worker_bell().ring();
 }
 
@@ -189,6 +189,9 @@ bool StreamTable::take(Stream& from, const TokenRecord& record) {
     from.error = record.header.error;
     from.end = record.end();
     return false;
+  }
+  if (!from.generated.empty()) {
+    token_gaps_us_.add(static_cast<std::uint64_t>(std::max<std::int64_t>(now_ns_ - from.last_progress_ns, 0)) / 1000);
   }
   from.last_progress_ns = now_ns_;
   from.generated.push_back(record.header.token_id);

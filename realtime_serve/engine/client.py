@@ -23,6 +23,8 @@ class ChannelShape:
     """Streams that may be open at once: those of a step and those that wait."""
     buffer_tokens: int
     """Tokens that a stream may be ahead of its reader before its sequence is paused."""
+    cut_after_s: float = 30.0
+    """Seconds that a connection may be behind before it is cut off."""
 
 
 class ChannelClient:
@@ -37,7 +39,7 @@ class ChannelClient:
             shared=shared,
         )
         self._loop = asyncio.get_running_loop()
-        self.pump = Pump(self.channel, self._loop)
+        self.pump = Pump(self.channel, self._loop, shape.cut_after_s)
         self.pump.start()
 
     def submit(self, request: InferenceRequest, prompt_ids: list[int], *, model: str, version: str) -> Stream:

@@ -6,7 +6,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from enum import Enum
-from typing import Protocol
+from typing import Any, Protocol
 
 from realtime_serve.engine.client import ChannelClient
 from realtime_serve.engine.handles import ProcessWorker, Report, ThreadWorker, WorkerHandle
@@ -78,6 +78,11 @@ class Supervisor:
     @property
     def worker(self) -> WorkerHandle | None:
         return self._worker
+
+    def stats(self) -> dict[str, dict[str, Any]] | None:
+        """What the `worker` and its channel's `pump` count; None where there is no worker."""
+        client = self._client
+        return None if client is None else {"worker": client.channel.stats(), "pump": client.pump.stats()}
 
     def stalled_for(self, now: float) -> float:
         """Seconds, by the monotonic clock's `now`, in which streams waited for the worker and it made no step."""

@@ -1,9 +1,13 @@
-"""What operators and load balancers ask: GET /health, /ready and /models."""
+"""What operators and load balancers ask: GET /health, /ready, /models, /status and /metrics."""
 
 from __future__ import annotations
 
-from aiohttp import web
+from typing import Any
 
+from aiohttp import web
+from prometheus_client import CONTENT_TYPE_LATEST
+
+from realtime_serve._version import __version__
 from realtime_serve.service import InferenceService
 
 
@@ -23,23 +27,40 @@ class AdminHandlers:
         return web.json_response({"ready": not waiting, "waiting_for": waiting}, status=503 if waiting else 200)
 
     async def models(self, request: web.Request) -> web.Response:
-        registry = self._service.registry
+        return web.json_response({"models": self._models()})
+
+    async def status(self, request: web.Request) -> web.Response:
+        """All of it in one object, for a person."""
+        service = self._service
         return web.json_response(
             {
-                "models": [
-                    {
-                        "name": model.name,
-                        "version": model.version,
-                        "active": registry.active_version(model.name) == model.version,
-                        "state": model.worker.state.value,
-                        "device": model.config.device,
-                        "max_context": model.max_context,
-                        "inference_count": model.inference_count,
-                        "total_tokens_generated": model.total_tokens_generated,
-                        "restarts": model.worker.restarts,
-                        "uptime_seconds": round(model.uptime_seconds(), 3),
-                    }
-                    for model in registry.models()
-                ]
+                "version": __version__,
+                "ready": not service.not_ready(),
+                "waiting_for": service.not_ready(),
+                "open_streams": service.streams.open_count(),
+                "models": self._models(),
+                "requests": await service.metrics.get_all_metrics(),
             }
         )
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """Prometheus' text format."""
+        return web.Response(body=self._service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+
+    def _models(self) -> list[dict[str, Any]]:
+        registry = self._service.registry
+        return [
+            {
+                "name": model.name,
+                "version": model.version,
+                "active": registry.active_version(model.name) == model.version,
+                "state": model.worker.state.value,
+                "device": model.config.device,
+                "max_context": model.max_context,
+                "inference_count": model.inference_count,
+                "total_tokens_generated": model.total_tokens_generated,
+                "restarts": model.worker.restarts,
+                "uptime_seconds": round(model.uptime_seconds(), 3),
+            }
+            for model in registry.models()
+        ]

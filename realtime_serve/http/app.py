@@ -27,6 +27,9 @@ def build_app(service: InferenceService) -> web.Application:
     app.router.add_get("/health", admin.health)
     app.router.add_get("/ready", admin.ready)
     app.router.add_get("/models", admin.models)
+    app.router.add_get("/status", admin.status)
+    if service.config.enable_metrics:
+        app.router.add_get("/metrics", admin.metrics)
     return app
 
 

@@ -7,7 +7,8 @@ import uuid
 
 from aiohttp import web
 
-from realtime_serve.errors import RequestTimeoutError, stream_error
+from realtime_serve._pump import Stream
+from realtime_serve.errors import RequestTimeoutError, ServeError
 from realtime_serve.http.responses import EventStreamResponse
 from realtime_serve.http.validation import parse_infer
 from realtime_serve.service import InferenceService
@@ -34,20 +35,39 @@ class InferHandlers:
             streams = parsed.stream
         if streams is None:
             streams = request.headers.get("Accept") != "application/json"
-        model, stream = await self._service.submit(parsed.request)
-        headers = {"X-Request-Id": request_id}
+        if not parsed.request.client_id:
+            parsed.request.client_id = request.remote or ""
+        answer = _EventStream(request, request_id) if streams else _JsonAnswer(request_id)
         try:
-            if streams:
-                response = EventStreamResponse(request, stream, headers)
-                await response.run()
-                return response
-            body = await stream.json()
-            if stream.error:
-                raise stream_error(stream.error)
-            return web.Response(body=body, content_type="application/json", headers=headers)
-        finally:
-            model.record_inference(stream.token_count)
-            stream.close()
+            await self._service.serve(parsed.request, answer.deliver)
+        except ServeError:
+            # Once the head is out, the stream itself has told of it.
+            if answer.response is None or not answer.response.prepared:
+                raise
+        assert answer.response is not None
+        return answer.response
+
+
+class _EventStream:
+    def __init__(self, request: web.Request, request_id: str) -> None:
+        self._request = request
+        self._headers = {"X-Request-Id": request_id}
+        self.response: web.StreamResponse | None = None
+
+    async def deliver(self, stream: Stream) -> None:
+        self.response = response = EventStreamResponse(self._request, stream, self._headers)
+        await response.run()
+
+
+class _JsonAnswer:
+    def __init__(self, request_id: str) -> None:
+        self._headers = {"X-Request-Id": request_id}
+        self.response: web.StreamResponse | None = None
+
+    async def deliver(self, stream: Stream) -> None:
+        body = await stream.json()
+        if not stream.error:
+            self.response = web.Response(body=body, content_type="application/json", headers=self._headers)
 
 
 async def _read_body(request: web.Request) -> bytes:

@@ -176,7 +176,7 @@ async def test_a_cancelled_start_leaves_nothing(isolation: str, when: str) -> No
     running = asyncio.ensure_future(server.start())
     match when:
         case "loading":
-            await until(lambda: server.model_registry.loading() and server._runner)
+            await until(lambda: server.model_registry.loading() and server._listener)
         case "serving" | "streaming":
             await until(lambda: server.model_registry.models())
     if when == "streaming":

@@ -38,6 +38,7 @@ FLAGS: dict[str, tuple[str, object]] = {
     "--max-step-tokens": ("10", 10),
     "--isolation": ("thread", "thread"),
     "--max-body-bytes": ("2048", 2048),
+    "--slow-reader-timeout": ("1.5", 1.5),
     "--name": ("alias", "alias"),
     "--model-version": ("2.0", "2.0"),
     "--model-path": ("null", "null"),

@@ -36,6 +36,7 @@ SERVER_DEFAULTS = {
     "max_step_tokens": 512,
     "isolation": "process",
     "max_body_bytes": 4 * 1024 * 1024,
+    "slow_reader_timeout": 30.0,
 }
 MODEL_DEFAULTS: dict[str, object] = {
     "version": "1.0.0",
@@ -64,12 +65,13 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         "stream_buffer_tokens": (1, 65_536),
         "max_step_tokens": (1, 1 << 20),
         "max_body_bytes": (1024, 1 << 30),
+        "slow_reader_timeout": (0.001, 86_400),
     },
     ModelConfig: {"max_seq_length": (1, 1 << 24), "warmup_tokens": (0, 1 << 24)},
     BatchConfig: {"max_batch_size": (1, 2**31 - 1), "max_wait_ms": (0, 2**31 - 1), "min_batch_size": (1, 2**31 - 1)},
 }
 BOUNDED = [(kind, name, *bounds) for kind, table in BOUNDS.items() for name, bounds in table.items()]
-FLOATS = ("request_timeout", "graceful_shutdown_timeout")
+FLOATS = ("request_timeout", "graceful_shutdown_timeout", "slow_reader_timeout")
 
 NOT_NUMBERS: tuple[object, ...] = ("1", None, True, False, [1], math.nan, math.inf, -math.inf)
 NOT_TEXT: tuple[object, ...] = (None, 1, b"text", ["text"], "\ud800")
@@ -266,6 +268,7 @@ def test_a_file_has_every_field(toml: Callable[[str], Path]) -> None:
         max_step_tokens = 8
         isolation = "thread"
         max_body_bytes = 2048
+        slow_reader_timeout = 1.5
         [model]
         name = "n"
         version = "2"
@@ -282,7 +285,7 @@ def test_a_file_has_every_field(toml: Callable[[str], Path]) -> None:
     )
     server, model = load(file)
     assert server == ServerConfig(
-        "::1", 0, 1, 1, 2, 3, False, "DEBUG", 4, 0.5, 5, 6, 7, 8, "thread", 2048
+        "::1", 0, 1, 1, 2, 3, False, "DEBUG", 4, 0.5, 5, 6, 7, 8, "thread", 2048, 1.5
     )  # fmt: skip
     assert model == ModelConfig(
         "n", "2", "m.gguf", "cpu", "bfloat16", "int4", 9, 0, {"step_ms": 5, "deep": {"list": [1, 2]}}

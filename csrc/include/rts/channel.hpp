@@ -7,6 +7,7 @@
 #include "rts/cache_line.hpp"
 #include "rts/doorbell.hpp"
 #include "rts/file_descriptor.hpp"
+#include "rts/histogram.hpp"
 #include "rts/priority_queue.hpp"
 #include "rts/spsc_ring.hpp"
 #include "rts/token_ring.hpp"
@@ -14,7 +15,7 @@
 namespace rts {
 
 // Raised by any change of what lies in a channel's memory, the records of request.hpp included.
-inline constexpr std::uint32_t kLayoutVersion = 1;
+inline constexpr std::uint32_t kLayoutVersion = 2;
 
 struct ChannelConfig {
   std::uint32_t slots = 1024;          // streams that can be open at once
@@ -30,6 +31,18 @@ struct SlotControl {
   alignas(kCacheLine) std::atomic<std::uint32_t> flags{0};
 };
 
+// What the worker counts for the front end's metrics. The worker's thread writes, relaxed; any may read.
+struct WorkerStats {
+  Histogram<27> step_us;                 // from a step's assembly to its commit; up to 2^26 us, 67 s
+  Histogram<18> batch_sequences;         // of a step
+  Histogram<22> batch_tokens;            // positions of a step
+  std::atomic<std::uint64_t> stalls{0};  // times that a sequence was paused because its reader had made no room
+  std::atomic<std::uint64_t> running{0};
+  std::atomic<std::uint64_t> waiting{0};
+  std::atomic<std::uint64_t> kv_blocks{0};
+  std::atomic<std::uint64_t> kv_blocks_used{0};
+};
+
 // What lies at the start of a channel's memory. The lanes, the slots' controls and the token rings follow.
 struct ChannelHeader {
   std::uint64_t magic = 0;
@@ -42,12 +55,14 @@ struct ChannelHeader {
   // Raised by the front end after any change of a slot's flags, so that the worker need not look at every slot:
   // set_flag() releases it (3), the worker acquires it (4) and then looks at the flags.
   alignas(kCacheLine) std::atomic<std::uint32_t> control_epoch{0};
-  // 1 while a sequence waits for room in its token ring: the front end then rings after it has made some. The worker's
-  // seq_cst fence (5), between raising it and looking at the rings, pairs with the front end's (6), between giving room
-  // back and looking at it: one of them sees the other.
+  // 1 while the worker sleeps and a sequence waits for room in its token ring: the front end then rings after it has
+  // made some. The worker's seq_cst fence (5), between raising it and looking at the rings, pairs with the front end's
+  // (6), between giving room back and looking at it: one of them sees the other. It is raised, by a release (7), once
+  // the worker's bell is armed, and taken by an acquiring exchange (8): who takes it rings a bell that wakes.
   alignas(kCacheLine) std::atomic<std::uint32_t> worker_stalled{0};
   // Raised by the worker at each committed step; the front end's measure of progress. Relaxed: it orders nothing.
   alignas(kCacheLine) std::atomic<std::uint64_t> steps{0};
+  alignas(kCacheLine) WorkerStats stats;
 };
 static_assert(std::atomic<std::uint64_t>::is_always_lock_free);
 

@@ -75,6 +75,7 @@ class EngineCore {
   bool parse_body(const SubmitHeader& header, std::span<const std::byte> body, Sequence& sequence) const;
   void apply_flags(Attached& channel);
   void resume_stalled();
+  void ask_for_room();
   void publish(Sequence& sequence, float logprob, std::int64_t now_ns);
   void stall(Sequence& sequence, std::int64_t now_ns);
   void finish(Sequence& sequence, FinishReason reason, StreamError error = StreamError::kNone);
@@ -82,6 +83,8 @@ class EngineCore {
   void end_stream(Sequence& sequence);
   void collect_released();
   void ring_front_ends();
+  void count_step(const Plan& plan);
+  void show_load();
   bool has_news() const;
   Sequence* new_sequence();
 
@@ -100,6 +103,7 @@ class EngineCore {
   std::vector<Sequence*> stalled_;
   std::vector<pollfd> poll_fds_;
   Plan* plan_ = nullptr;
+  std::int64_t step_started_ns_ = 0;
   std::int32_t* sampled_ = nullptr;
   float* logprobs_ = nullptr;
   const std::uint32_t max_context_;

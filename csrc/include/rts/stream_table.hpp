@@ -11,6 +11,7 @@
 
 #include "rts/channel.hpp"
 #include "rts/clock.hpp"
+#include "rts/histogram.hpp"
 #include "rts/request.hpp"
 #include "rts/sse_writer.hpp"
 #include "rts/token_ring.hpp"
@@ -105,6 +106,8 @@ class StreamTable {
   // for their reader is not waiting for its worker.
   std::int64_t longest_wait_ns() const;
   std::uint32_t open_streams() const { return open_; }
+  // Microseconds between two tokens of a stream as its reader sees them: 0 where they were read together.
+  const Histogram<27>& token_gaps_us() const { return token_gaps_us_; }
   const Channel& channel() const { return *channel_; }
 
  private:
@@ -152,6 +155,7 @@ class StreamTable {
   std::uint64_t next_id_ = 1;
   std::int64_t now_ns_ = 0;  // of the reading that goes on
   bool channel_is_dead_ = false;
+  Histogram<27> token_gaps_us_;
 };
 
 }  // namespace rts
