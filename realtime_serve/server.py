@@ -158,27 +158,37 @@ class InferenceServer:
 
     async def stream(self, request: InferenceRequest) -> AsyncIterator[StreamToken]:
         """The answer's tokens as they come. Leaving the iterator early cancels the sequence."""
-        started: asyncio.Future[Stream] = asyncio.get_running_loop().create_future()
-        read = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        started: asyncio.Future[Stream | None] = loop.create_future()
+        read: asyncio.Future[None] = loop.create_future()
 
         async def deliver(stream: Stream) -> None:
             started.set_result(stream)
-            await read.wait()
+            await read
+
+        async def serve() -> None:
+            try:
+                await self._service.serve(request, deliver)
+            except BaseException as error:
+                if started.done():
+                    raise
+                started.set_exception(error)  # it was refused
+            else:
+                if not started.done():
+                    started.set_result(None)  # a middleware answered by itself
 
         # The middleware is around all of it, while this iterator is left and entered again.
-        serving = asyncio.ensure_future(self._service.serve(request, deliver))
+        serving = loop.create_task(serve())
         try:
-            await asyncio.wait((serving, started), return_when=asyncio.FIRST_COMPLETED)
-            if not started.done():
-                await serving  # it was refused
-                return
-            async for token in TokenStream(started.result()):
-                yield token
-            read.set()
-            await serving
+            if (stream := await started) is not None:
+                async for token in TokenStream(stream):
+                    yield token
+                read.set_result(None)
+                await serving
         finally:
-            serving.cancel()
-            await asyncio.gather(serving, return_exceptions=True)
+            if not serving.done():
+                serving.cancel()
+                await asyncio.gather(serving, return_exceptions=True)
 
     async def infer(self, request: InferenceRequest) -> InferenceResponse:
         """The whole answer."""

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
@@ -28,7 +28,25 @@ class _Window:
     request_count: int = 0
     error_count: int = 0
     total_tokens: int = 0
-    outcomes: dict[str, int] = field(default_factory=dict)
+
+
+class _Labelled:
+    """A model's own children of the metrics, looked up once: a lookup takes as long as a count."""
+
+    def __init__(self, collector: MetricsCollector, model: str) -> None:
+        self._requests, self._model = collector.requests, model
+        self._by_outcome: dict[str, Counter] = {}
+        self.prompt_tokens = collector.prompt_tokens.labels(model)
+        self.tokens = collector.tokens.labels(model)
+        self.latency = collector.latency.labels(model)
+        self.queue = collector.queue.labels(model)
+        self.first_token = collector.first_token.labels(model)
+
+    def ended(self, outcome: str) -> Counter:
+        counter = self._by_outcome.get(outcome)
+        if counter is None:
+            counter = self._by_outcome[outcome] = self._requests.labels(self._model, outcome)
+        return counter
 
 
 class MetricsCollector:
@@ -53,17 +71,18 @@ class MetricsCollector:
         self._is_served = is_served
         self._clock = clock
         self._windows: dict[str, _Window] = {}
+        self._labelled: dict[str, _Labelled] = {}
         self._registry = CollectorRegistry()
-        self._requests = Counter(
+        self.requests = Counter(
             "rts_requests", "Requests by how they ended.", ("model", "outcome"), registry=self._registry
         )
-        self._prompt_tokens = Counter(
+        self.prompt_tokens = Counter(
             "rts_prompt_tokens", "Tokens of answered prompts.", ("model",), registry=self._registry
         )
-        self._tokens = Counter("rts_generated_tokens", "Tokens of answers.", ("model",), registry=self._registry)
-        self._latency = self._histogram("rts_request_seconds", "From a request's arrival to its last token.")
-        self._queue = self._histogram("rts_queue_seconds", "From a request's arrival to its place in a step.")
-        self._first_token = self._histogram("rts_first_token_seconds", "From a request's arrival to its first token.")
+        self.tokens = Counter("rts_generated_tokens", "Tokens of answers.", ("model",), registry=self._registry)
+        self.latency = self._histogram("rts_request_seconds", "From a request's arrival to its last token.")
+        self.queue = self._histogram("rts_queue_seconds", "From a request's arrival to its place in a step.")
+        self.first_token = self._histogram("rts_first_token_seconds", "From a request's arrival to its first token.")
 
     def _histogram(self, name: str, help: str) -> Histogram:
         return Histogram(name, help, ("model",), buckets=_BUCKETS, registry=self._registry)
@@ -86,11 +105,11 @@ class MetricsCollector:
             outcome.finish_reason or "none",
             is_error=False,
         )
-        model, timings = outcome.model, outcome.timings
-        self._prompt_tokens.labels(model).inc(outcome.usage.prompt_tokens)
-        self._queue.labels(model).observe(timings.queue_ms / 1e3)
+        labelled, timings = self._labelled[outcome.model], outcome.timings
+        labelled.prompt_tokens.inc(outcome.usage.prompt_tokens)
+        labelled.queue.observe(timings.queue_ms / 1e3)
         if outcome.usage.completion_tokens:
-            self._first_token.labels(model).observe((timings.queue_ms + timings.prefill_ms) / 1e3)
+            labelled.first_token.observe((timings.queue_ms + timings.prefill_ms) / 1e3)
         return outcome
 
     async def record_request(self, model: str, latency_ms: float, tokens: int = 0, error: str | None = None) -> None:
@@ -132,13 +151,15 @@ class MetricsCollector:
         window = self._windows.get(model)
         if window is None:
             window = self._windows[model] = self._new_window()
+            self._labelled[model] = _Labelled(self, model)
         window.request_count += 1
         window.error_count += is_error
         window.total_tokens += tokens
         window.recent.append((self._clock(), latency_ms, tokens))
-        self._requests.labels(model, outcome).inc()
-        self._tokens.labels(model).inc(tokens)
-        self._latency.labels(model).observe(latency_ms / 1e3)
+        labelled = self._labelled[model]
+        labelled.ended(outcome).inc()
+        labelled.tokens.inc(tokens)
+        labelled.latency.observe(latency_ms / 1e3)
 
     def _label(self, request: InferenceRequest) -> str:
         return request.model if request.model is not None and self._is_served(request.model) else ""

@@ -52,7 +52,8 @@ class RequestLogger:
         return outcome
 
     def log_request(self, request: InferenceRequest) -> None:
-        self._write(logging.DEBUG, "request_received", request, max_tokens=request.max_tokens)
+        if self._shows(logging.DEBUG):
+            self._write(logging.DEBUG, "request_received", request, max_tokens=request.max_tokens)
 
     def log_completion(
         self,
@@ -64,6 +65,8 @@ class RequestLogger:
         level: int = logging.INFO,
     ) -> None:
         """`status` is why there is no outcome."""
+        if not self._shows(level):
+            return
         details: dict[str, Any] = {"status": status or "ok", "latency_ms": round(latency_ms, 3)}
         if outcome is not None:
             timings, usage = outcome.timings, outcome.usage
@@ -80,9 +83,10 @@ class RequestLogger:
             }
         self._write(level, "request_completed", request, **details)
 
+    def _shows(self, level: int) -> bool:
+        return level >= self._level and self._log.isEnabledFor(level)
+
     def _write(self, level: int, event: str, request: InferenceRequest, **details: Any) -> None:
-        if level < self._level or not self._log.isEnabledFor(level):
-            return
         line = {
             "event": event,
             "time": round(time.time(), 3),

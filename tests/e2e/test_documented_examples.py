@@ -9,11 +9,15 @@ from pathlib import Path
 
 import pytest
 from program import infer, program, serve
+from support import null_model
 from tiny_models import save_tiny_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
+from realtime_serve import InferenceRequest, InferenceServer, ServerConfig
+from realtime_serve.errors import InvalidRequestError
+
 README = (Path(__file__).parents[2] / "README.md").read_text()
-SERVER, CLIENT, EMBEDDED = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SERVER, CLIENT, EMBEDDED, MIDDLEWARE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 DEFAULT_MODEL = '"smollm2-135m-instruct"'
 
 # The published package's quick start and client.
@@ -132,3 +136,15 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
         assert all(token["logprob"] < 0 for token in greedy[0]["tokens"])
         drawn = [infer(port, seed=seed, **asked)["tokens"] for seed in (1, 1, 2)]
         assert drawn[0] == drawn[1] != drawn[2]
+
+
+async def test_the_readmes_middleware(capsys: pytest.CaptureFixture[str]) -> None:
+    server = InferenceServer(ServerConfig(isolation="thread"))
+    server.register_model(null_model(max_seq_length=20_000))
+    exec(MIDDLEWARE, {"server": server})
+    async with server:
+        response = await server.infer(InferenceRequest("short", "null", "x", max_tokens=1000))
+        assert len(response.tokens) == 256
+        assert capsys.readouterr().out == "short length 256\n"
+        with pytest.raises(InvalidRequestError, match="must be shorter here"):
+            await server.infer(InferenceRequest("long", "null", "x" * 10_001))
