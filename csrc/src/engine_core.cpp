@@ -117,10 +117,10 @@ void EngineCore::drain(Attached& from) {
   waiting_.drain(from.channel->lanes(), [&](std::span<const std::byte> record) { return parse(from, record); });
 }
 
-std::optional<EngineCore::Waiting> EngineCore::parse(Attached& from, std::span<const std::byte> record) {
-  SubmitHeader header;
-  if (record.size() < sizeof header) return std::nullopt;
-  std::memcpy(&header, record.data(), sizeof header);
+std::optional<EngineCore::Waiting> EngineCore::parse(Attached& from, std::span<const std::byte> bytes) {
+  const SubmitRecord record(bytes);
+  const SubmitHeader& header = record.header;
+  if (!record.has_header) return std::nullopt;
   if (header.slot >= from.sequences.size() || from.sequences[header.slot] != nullptr) return std::nullopt;
 
   Sequence& sequence = *new_sequence();
@@ -136,41 +136,29 @@ std::optional<EngineCore::Waiting> EngineCore::parse(Attached& from, std::span<c
   sequence.extra_key = header.extra_key;
   sequence.prompt_tokens = header.prompt_tokens;
   from.sequences[header.slot] = &sequence;
-  if (!parse_body(header, record.subspan(sizeof header), sequence)) {
+  if (!take_content(record, sequence)) {
     finish(sequence, FinishReason::kError, StreamError::kInvalidRequest);
     return std::nullopt;
   }
   return Waiting{Ticket{header.priority, sequence.arrival_ns, header.deadline_ns}, &sequence, &sequence.waiting_handle};
 }
 
-bool EngineCore::parse_body(const SubmitHeader& header, std::span<const std::byte> body, Sequence& sequence) const {
-  const std::uint64_t ids = std::uint64_t{header.prompt_tokens} + header.generated_tokens;
-  if (header.prompt_tokens == 0 || ids >= max_context_ || !usable(header.sampling)) return false;
+bool EngineCore::take_content(const SubmitRecord& record, Sequence& sequence) const {
+  const SubmitHeader& header = record.header;
+  if (!record.valid || static_cast<int>(header.priority) >= kPriorities || !usable(header.sampling)) return false;
   if (header.generated_tokens >= static_cast<std::uint32_t>(header.sampling.max_tokens)) return false;
-  if (static_cast<int>(header.priority) >= kPriorities) return false;
-  if (body.size() < ids * sizeof(std::int32_t) + header.tail_bytes) return false;
+  const std::size_t ids = record.ids.size() / sizeof(std::int32_t);
+  if (header.prompt_tokens == 0 || ids >= max_context_) return false;
   sequence.tokens.resize(ids);
-  std::memcpy(sequence.tokens.data(), body.data(), ids * sizeof(std::int32_t));
+  std::memcpy(sequence.tokens.data(), record.ids.data(), record.ids.size());
   sequence.published = header.generated_tokens;
   const auto vocabulary = static_cast<std::int64_t>(vocabulary_->size());
-  if (!std::all_of(sequence.tokens.begin(), sequence.tokens.end(), [=](auto id) { return id >= 0 && id < vocabulary; }))
-    return false;
+  const auto known = [=](std::int32_t id) { return id >= 0 && id < vocabulary; };
+  if (!std::ranges::all_of(sequence.tokens, known)) return false;
 
-  std::vector<std::string> stops;
-  std::span<const std::byte> tail = body.subspan(ids * sizeof(std::int32_t), header.tail_bytes);
-  while (tail.size() >= sizeof(TailHeader)) {
-    TailHeader entry;
-    std::memcpy(&entry, tail.data(), sizeof entry);
-    tail = tail.subspan(sizeof entry);
-    const std::size_t padded = align_up(entry.bytes, 4);
-    if (padded > tail.size()) return false;
-    if (entry.type == TailHeader::kStopString)
-      stops.emplace_back(reinterpret_cast<const char*>(tail.data()), entry.bytes);
-    tail = tail.subspan(padded);
-  }
-  const auto usable = [](const std::string& stop) { return !stop.empty() && stop.size() <= kMaxStopBytes; };
-  if (stops.size() > kMaxStopStrings || !std::all_of(stops.begin(), stops.end(), usable)) return false;
-  if (!stops.empty()) sequence.stop_matcher = StopMatcher(stops);
+  const auto usable_stop = [](const std::string& stop) { return !stop.empty() && stop.size() <= kMaxStopBytes; };
+  if (record.stops.size() > kMaxStopStrings || !std::ranges::all_of(record.stops, usable_stop)) return false;
+  if (!record.stops.empty()) sequence.stop_matcher = StopMatcher(record.stops);
   return true;
 }
 

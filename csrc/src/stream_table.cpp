@@ -4,17 +4,13 @@
 #include <bit>
 #include <cstring>
 
+#include "rts/submit_record.hpp"
+
 namespace rts {
 
 namespace {
 
 constexpr std::int32_t kReservedTokens = 1 << 15;
-
-std::uint32_t tail_bytes(const std::vector<std::string>& stops) {
-  std::size_t bytes = 0;
-  for (const std::string& stop : stops) bytes += sizeof(TailHeader) + align_up(stop.size(), 4);
-  return static_cast<std::uint32_t>(bytes);
-}
 
 }  // namespace
 
@@ -59,7 +55,7 @@ std::optional<std::uint32_t> StreamTable::submit(StreamSpec spec, std::int64_t t
   taken.spec = std::move(spec);
   // So that no token allocates; the cap is for requests that ask for more than any context has.
   taken.generated.reserve(static_cast<std::size_t>(std::clamp(taken.spec.sampling.max_tokens, 0, kReservedTokens)));
-  if (!write_submit_record(*slot, taken)) {
+  if (!queue(*slot, taken)) {
     give_back(*slot);
     return std::nullopt;
   }
@@ -67,7 +63,7 @@ std::optional<std::uint32_t> StreamTable::submit(StreamSpec spec, std::int64_t t
   return slot;
 }
 
-bool StreamTable::write_submit_record(std::uint32_t slot, const Stream& stream) {
+bool StreamTable::queue(std::uint32_t slot, const Stream& stream) {
   const StreamSpec& spec = stream.spec;
   SubmitHeader header;
   header.stream_id = stream.id;
@@ -75,24 +71,12 @@ bool StreamTable::write_submit_record(std::uint32_t slot, const Stream& stream) 
   header.arrival_ns = stream.last_progress_ns;
   header.sampling = spec.sampling;
   header.slot = slot;
-  header.prompt_tokens = static_cast<std::uint32_t>(spec.prompt.size());
-  header.tail_bytes = tail_bytes(spec.stops);
   header.priority = spec.priority;
 
-  const std::size_t ids_bytes = spec.prompt.size() * sizeof(std::int32_t);
   SpscRing<>::Producer& lane = channel_->lanes().lane(spec.priority);
-  std::byte* out = lane.claim(static_cast<std::uint32_t>(sizeof header + ids_bytes + header.tail_bytes));
+  std::byte* const out = lane.claim(submit_record_bytes(spec.prompt, spec.stops));
   if (out == nullptr) return false;
-  std::memcpy(out, &header, sizeof header);
-  out += sizeof header;
-  std::memcpy(out, spec.prompt.data(), ids_bytes);
-  out += ids_bytes;
-  for (const std::string& stop : spec.stops) {
-    const TailHeader tail{TailHeader::kStopString, static_cast<std::uint16_t>(stop.size())};
-    std::memcpy(out, &tail, sizeof tail);
-    std::memcpy(out + sizeof tail, stop.data(), stop.size());
-    out += sizeof tail + align_up(stop.size(), 4);
-  }
+  write_submit_record(header, spec.prompt, spec.stops, out);
   lane.publish();
   return true;
 }

@@ -18,6 +18,7 @@
 #include "rts/sampler.hpp"
 #include "rts/scheduler.hpp"
 #include "rts/sequence.hpp"
+#include "rts/submit_record.hpp"
 #include "rts/vocabulary.hpp"
 
 namespace rts {
@@ -71,8 +72,8 @@ class EngineCore {
 
   void take_in();
   void drain(Attached& from);
-  std::optional<Waiting> parse(Attached& from, std::span<const std::byte> record);
-  bool parse_body(const SubmitHeader& header, std::span<const std::byte> body, Sequence& sequence) const;
+  std::optional<Waiting> parse(Attached& from, std::span<const std::byte> bytes);
+  bool take_content(const SubmitRecord& record, Sequence& sequence) const;
   void apply_flags(Attached& channel);
   void resume_stalled();
   void ask_for_room();

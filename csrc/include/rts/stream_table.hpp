@@ -139,7 +139,7 @@ class StreamTable {
   Stream& stream(std::uint32_t slot) { return streams_[slot]; }
   const Stream& stream(std::uint32_t slot) const { return streams_[slot]; }
   std::optional<std::uint32_t> take_slot(StreamFormat format, std::int64_t timeout_ns);
-  bool write_submit_record(std::uint32_t slot, const Stream& stream);
+  bool queue(std::uint32_t slot, const Stream& stream);
   void announce(std::uint32_t slot);
   bool take(Stream& from, const TokenRecord& record);
   EndOfStream end_of(const Stream& ended) const;

@@ -1,0 +1,32 @@
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <string>
+#include <vector>
+
+#include "rts/request.hpp"
+
+// A submit record's bytes: how the front end writes them and the worker reads them.
+namespace rts {
+
+std::uint32_t submit_record_bytes(std::span<const std::int32_t> prompt, const std::vector<std::string>& stops);
+
+// Writes submit_record_bytes() bytes. The header's counts of tokens and tail bytes are set here.
+void write_submit_record(SubmitHeader header, std::span<const std::int32_t> prompt,
+                         const std::vector<std::string>& stops, std::byte* out);
+
+// A submit record's parts. They come from another process: whatever the bytes are, nothing outside them is read.
+struct SubmitRecord {
+  explicit SubmitRecord(std::span<const std::byte> record);
+
+  SubmitHeader header;
+  std::span<const std::byte>
+      ids;  // int32 each: the prompt's, then those already generated; valid as long as the record
+  std::vector<std::string> stops;
+  bool has_header = false;
+  bool valid = false;  // the header's sizes fit the record, and its tail is well formed
+};
+
+}  // namespace rts
