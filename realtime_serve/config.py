@@ -28,6 +28,8 @@ DEFAULT_MODEL = "smollm2-135m-instruct"
 _ENVIRONMENT_PREFIX = "REALTIME_SERVE_"
 # Variables of ours that are no setting: the model cache is the user's, not a server's.
 _OTHER_VARIABLES = frozenset({"REALTIME_SERVE_CACHE"})
+# What Kubernetes puts into a container's environment where a service is called realtime-serve.
+_SERVICE_LINK = re.compile(r"(SERVICE_(HOST|PORT(_\w+)?)|PORT_\d+_(TCP|UDP)(_\w+)?)=.*|PORT=(tcp|udp)://.*", re.DOTALL)
 _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 _LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _DEVICE = re.compile(r"cpu|mps|cuda(:\d{1,4})?", re.ASCII)
@@ -213,6 +215,8 @@ def _from_environment(environ: Mapping[str, str]) -> _Settings:
     given: _Settings = {}
     for variable, text in environ.items():
         if not variable.startswith(_ENVIRONMENT_PREFIX) or variable in _OTHER_VARIABLES:
+            continue
+        if _SERVICE_LINK.fullmatch(f"{variable.removeprefix(_ENVIRONMENT_PREFIX)}={text}"):
             continue
         if variable not in known:
             raise ConfigError(f"unknown variable {variable} in the environment{did_you_mean(variable, known)}")

@@ -454,3 +454,17 @@ def test_an_unknown_variable(variable: str, says: str) -> None:
 
 def test_variables_that_are_not_settings_are_left_alone() -> None:
     assert load(environ={"REALTIME_SERVE_CACHE": "/x", "REALTIME_SERVER_PORT": "1", "PORT": "1"})[0] == ServerConfig()
+
+
+def test_what_kubernetes_injects_for_a_service_of_that_name_is_no_setting() -> None:
+    environ = {
+        "REALTIME_SERVE_SERVICE_HOST": "10.0.0.1",
+        "REALTIME_SERVE_SERVICE_PORT": "8000",
+        "REALTIME_SERVE_SERVICE_PORT_HTTP": "8000",
+        "REALTIME_SERVE_PORT": "tcp://10.0.0.1:8000",
+        "REALTIME_SERVE_PORT_8000_TCP": "tcp://10.0.0.1:8000",
+        "REALTIME_SERVE_PORT_8000_TCP_ADDR": "10.0.0.1",
+    }
+    assert load(environ=environ)[0] == ServerConfig()
+    assert load(environ={"REALTIME_SERVE_PORT": "9000"})[0].port == 9000
+    assert "REALTIME_SERVE_PORT" in str(refused(lambda: load(environ={"REALTIME_SERVE_PORT": "tcp:9000"})))
