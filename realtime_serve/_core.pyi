@@ -81,7 +81,6 @@ class PriorityQueue:
         """False where it is full. A deadline of 0 is none."""
     def pop(self, now_ns: int) -> int | None:
         """None where it is empty."""
-    def __len__(self) -> int: ...
     def size_of(self, priority: int) -> int: ...
 
 @final

@@ -38,10 +38,6 @@ class NumberQueue {
     return queue_.pop(now_ns);
   }
 
-  std::size_t size() {
-    drain();
-    return queue_.size();
-  }
   std::size_t size_of(int priority) {
     drain();
     return queue_.size(static_cast<Priority>(priority));
@@ -76,7 +72,6 @@ void register_priority_queue(py::module_& m) {
       .def("push", &NumberQueue::push, "priority"_a, "arrival_ns"_a, "deadline_ns"_a, "number"_a,
            "False where it is full. A deadline of 0 is none.")
       .def("pop", &NumberQueue::pop, "now_ns"_a, "None where it is empty.")
-      .def("__len__", &NumberQueue::size)
       .def("size_of", &NumberQueue::size_of, "priority"_a);
 }
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from realtime_serve.config import ModelConfig
 from realtime_serve.engine.step_loop import EngineLimits
-from realtime_serve.errors import ConfigError
+from realtime_serve.errors import ConfigError, UnsupportedModelError
 from realtime_serve.runners.base import Runner
 
 NULL_MODEL = "null"
@@ -64,6 +64,11 @@ def load_runner(spec: LoadSpec) -> Runner:
         _refuse_unknown(options, model.name)
         return NullRunner(max_context=model.max_seq_length, max_batch_size=limits.max_batch_size, step_ms=step_ms)
 
+    if model.quantized not in (None, False):
+        raise UnsupportedModelError(
+            f"model {model.name!r}: quantized={model.quantized!r} is not supported by the torch engine, which computes in"
+            " dtype; leave it out"
+        )
     from realtime_serve.runners.torch_lm import TorchLM
     from realtime_serve.tokenizer import Tokenizer
 

@@ -20,6 +20,9 @@ from tiny_models import MAX_POSITIONS, VOCABULARY, TinyTokenizer, save_tiny_llam
 from transformers.models.llama.configuration_llama import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaForCausalLM
 
+from realtime_serve.config import ModelConfig
+from realtime_serve.engine.launch import LoadSpec, load_runner
+from realtime_serve.engine.step_loop import EngineLimits
 from realtime_serve.errors import ModelLoadError, UnsupportedModelError
 from realtime_serve.runners.torch_lm import TorchLM
 
@@ -515,3 +518,13 @@ def test_a_dtype_that_there_is_not(folder: Path) -> None:
 
 def test_a_device_that_there_is_not(folder: Path) -> None:
     assert "device 'cuda:99' is not available" in refusal(folder, device="cuda:99")
+
+
+@pytest.mark.parametrize("quantized", ["int8", "int4", True])
+def test_quantizing_is_refused_and_not_ignored(folder: Path, quantized: bool | str) -> None:
+    config = ModelConfig("tiny", model_path=str(folder), device="cpu", quantized=quantized)
+    spec = LoadSpec(
+        config, EngineLimits(max_batch_size=1, max_step_tokens=8, max_queue=1, ageing_ms=1), path=str(folder)
+    )
+    with pytest.raises(UnsupportedModelError, match=rf"quantized={quantized!r} is not supported by the torch engine"):
+        load_runner(spec)

@@ -26,13 +26,6 @@ TEST(Histogram, TheLastBucketHasAllThatIsLarger) {
   EXPECT_EQ(histogram.count(3), 3U);
 }
 
-TEST(Histogram, AValueMayComeSeveralTimesAtOnce) {
-  Histogram<8> histogram;
-  histogram.add(5, 3);
-  EXPECT_EQ(histogram.count(3), 3U);
-  EXPECT_EQ(histogram.sum(), 15U);
-}
-
 TEST(Histogram, ZeroedMemoryIsAnEmptyOne) {
   alignas(Histogram<8>) unsigned char memory[sizeof(Histogram<8>)] = {};
   const auto& histogram = *reinterpret_cast<const Histogram<8>*>(memory);

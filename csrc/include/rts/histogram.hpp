@@ -22,9 +22,9 @@ class Histogram {
  public:
   static constexpr std::size_t kBuckets = kSize;
 
-  void add(std::uint64_t value, std::uint64_t times = 1) noexcept {
-    raise(counts_[std::min<std::size_t>(std::bit_width(value), kSize - 1)], times);
-    raise(sum_, value * times);
+  void add(std::uint64_t value) noexcept {
+    raise(counts_[std::min<std::size_t>(std::bit_width(value), kSize - 1)]);
+    raise(sum_, value);
   }
   std::uint64_t count(std::size_t bucket) const noexcept { return counts_[bucket].load(std::memory_order_relaxed); }
   std::uint64_t sum() const noexcept { return sum_.load(std::memory_order_relaxed); }
