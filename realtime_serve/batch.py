@@ -13,7 +13,7 @@ from realtime_serve.types import RequestPriority
 
 _MAX_QUEUE = 1024
 _AGEING_MS = 5000
-# How much of what it knew the batcher keeps at each batch: what clients do changes within a few.
+# How much of what it knew of a step's length the batcher keeps at each batch.
 _MEMORY = 0.5
 # A batch may wait for so much of a step for those that are expected: waiting longer costs more than they save.
 _WAIT_SHARE = 0.5
@@ -34,7 +34,7 @@ class BatchScheduler:
     time, and taking the next one tells that the last is done.
 
     A batch is released when it is full, or `max_wait_ms` after its first request came ("timeout"). With
-    `dynamic_batching` it is also released as soon as it holds as many as came during the last batches ("idle"): so a
+    `dynamic_batching` it is also released as soon as it holds as many as the last batch had ("idle"): so a
     lone request on an idle server does not wait, and clients that send again when they are answered are waited for, for
     half a step at most.
     """
@@ -54,9 +54,8 @@ class BatchScheduler:
         self._requests: dict[int, tuple[Batchable, float]] = {}  # by number: with its arrival
         self._next_number = 0
         self._changed = asyncio.Event()
-        # What the last batches teach: how many requests come between two of them, and how long one is worked on.
-        self._arrived = 0
-        self._expected = 1.0
+        # What is learned of batches: how many requests the last one had, and how long one is worked on.
+        self._last_size = 1
         self._released_at: float | None = None
         self._step_s = 0.0
         self._batches: Counter[str] = Counter()
@@ -76,7 +75,6 @@ class BatchScheduler:
         self._requests[self._next_number] = (request, now)
         self._next_number += 1
         self._total_requests += 1
-        self._arrived += 1
         self._changed.set()
 
     async def get_batch(self) -> list[Any]:
@@ -130,12 +128,10 @@ class BatchScheduler:
 
     def _wanted(self) -> int:
         """Requests that are worth waiting for, within the batch's bounds."""
-        return max(self.config.min_batch_size, min(self.config.max_batch_size, round(self._expected)))
+        return max(self.config.min_batch_size, min(self.config.max_batch_size, self._last_size))
 
     def _release(self, reason: str) -> list[Any]:
         now = self._clock()
-        self._expected = _MEMORY * self._expected + (1 - _MEMORY) * self._arrived
-        self._arrived = 0
         batch: list[Any] = []
         while len(batch) < self.config.max_batch_size and (number := self._queue.pop(int(now * 1e9))) is not None:
             request, arrival = self._requests.pop(number)
@@ -143,6 +139,7 @@ class BatchScheduler:
             self._total_wait_s += now - arrival
         self._batches[reason] += 1
         self._sizes[len(batch)] += 1
+        self._last_size = len(batch)
         self._total_batched += len(batch)
         self._released_at = now
         return batch

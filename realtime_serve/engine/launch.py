@@ -66,8 +66,8 @@ def load_runner(spec: LoadSpec) -> Runner:
 
     if model.quantized not in (None, False):
         raise UnsupportedModelError(
-            f"model {model.name!r}: quantized={model.quantized!r} is not supported by the torch engine, which computes in"
-            " dtype; leave it out"
+            f"model {model.name!r}: quantized={model.quantized!r} is not supported by the torch engine, which computes"
+            " in dtype; leave it out"
         )
     from realtime_serve.runners.torch_lm import TorchLM
     from realtime_serve.tokenizer import Tokenizer

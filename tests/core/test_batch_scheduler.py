@@ -107,8 +107,10 @@ async def serve(scheduler: BatchScheduler, step_s: float, batches: int) -> list[
         batch = await scheduler.get_batch()
         sizes.append(len(batch))
         await asyncio.sleep(step_s)
-        for request in batch:
-            asyncio.get_running_loop().call_later(0.0001, lambda r=request: asyncio.ensure_future(scheduler.enqueue(r)))
+        for index, request in enumerate(batch):  # spread over less than half a step
+            asyncio.get_running_loop().call_later(
+                1e-5 * (1 + index), lambda r=request: asyncio.ensure_future(scheduler.enqueue(r))
+            )
     return sizes
 
 
