@@ -1,5 +1,6 @@
 """The C++ core of realtime_serve (csrc/bindings)."""
 
+import enum
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any, final
@@ -12,7 +13,15 @@ class Channel:
     """What one front end and one worker share."""
 
     @staticmethod
-    def create(*, slots: int, ring_records: int, lane_bytes: int, generation: int, shared: bool) -> Channel:
+    def create(
+        *,
+        slots: int,
+        ring_records: int,
+        lane_bytes: int,
+        generation: int,
+        shared: bool,
+        least_ring_bytes: int = 0,
+    ) -> Channel:
         """Makes one in shared memory, for a worker process, or in private memory, for a thread."""
     @staticmethod
     def attach(memory_fd: int, worker_bell_fd: int, front_bell_fd: int) -> Channel:
@@ -29,6 +38,84 @@ class Channel:
         """Steps that the worker has committed while it was attached."""
     def stats(self) -> dict[str, Any]:
         """What the worker counts: histograms as (counts by significant bits, sum), and numbers."""
+
+class PayloadKind(enum.IntEnum):
+    """What a payload's bytes are."""
+
+    NONE = 0
+    TEXT = 1
+    JSON = 2
+    BYTES = 3
+    NUMPY = 4
+
+class BatchRelease(enum.IntEnum):
+    """Why a batch was released."""
+
+    FULL = 0
+    TIMEOUT = 1
+    IDLE = 2
+    DEADLINE = 3
+
+class FinishReason(enum.IntEnum):
+    STOP = 1
+    LENGTH = 2
+    CANCELLED = 3
+    ERROR = 5
+
+class StreamError(enum.IntEnum):
+    NONE = 0
+    MODEL_FAILED = 2
+    INVALID_REQUEST = 4
+
+@final
+class Submission:
+    """A request as a worker takes it."""
+
+    slot: int
+    priority: int
+    arrival_ns: int
+    deadline_ns: int
+    payload_kind: PayloadKind
+    answer_kind: PayloadKind
+    request_id: str
+    stops: list[str]
+    payload: bytes
+    max_tokens: int
+    def sampling(self) -> dict[str, Any]:
+        """Its sampling parameters by name."""
+
+@final
+class ChannelServer:
+    """A worker's side of a channel, for models that are called."""
+
+    max_piece_bytes: int
+    def __init__(self, channel: Channel) -> None: ...
+    @property
+    def bell_fd(self) -> int: ...
+    @property
+    def open_slots(self) -> int: ...
+    def take(self) -> list[Submission]:
+        """The requests that have come, high priority first."""
+    def cancelled(self) -> list[int]:
+        """Slots given up by their readers since the last call. They are still to be ended."""
+    def with_room(self) -> list[int]:
+        """Slots that had no room for a piece and have it now."""
+    def start(self, slot: int) -> None:
+        """The model begins to work on it."""
+    def write_token(self, slot: int, text: str, token_id: int, logprob: float | None, special: bool) -> bool:
+        """False: there is no room at the moment."""
+    def write_payload(self, slot: int, kind: PayloadKind, piece: bytes) -> bool:
+        """False: there is no room at the moment."""
+    def end(self, slot: int, reason: FinishReason, error: StreamError = ..., detail: str = "") -> None: ...
+    def flush(self) -> None:
+        """Wakes the front end where need be."""
+    def count_step(self, took_ns: int) -> None: ...
+    def count_batch(self, size: int, release: BatchRelease) -> None: ...
+    def show_load(self, running: int, waiting: int) -> None: ...
+    def arm(self) -> bool:
+        """Lets the front end ring. False: there is news already."""
+    def wake(self) -> None:
+        """Ends a sleep."""
 
 @final
 class EngineCore:

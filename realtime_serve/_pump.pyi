@@ -22,6 +22,8 @@ class Stream:
 
         Where the stream fails before its first token, nothing is written.
         """
+    async def whole(self) -> tuple[int, bytes]:
+        """The answer of a model that predicts, as (what its bytes are, the bytes); empty where the stream failed."""
     async def json(self) -> bytes:
         """The whole answer as one JSON object; empty where the stream failed."""
     def push(self, text: str, token_id: int, logprob: float | None, special: bool) -> bool:
@@ -40,6 +42,9 @@ class Stream:
     @property
     def error(self) -> str:
         """Why the stream failed, as a code; empty where it did not."""
+    @property
+    def error_detail(self) -> str:
+        """What its worker says more of the error."""
     @property
     def finish_reason(self) -> str | None: ...
     @property
@@ -82,20 +87,23 @@ class Pump:
         model: str,
         version: str,
         prompt_ids: list[int],
-        max_tokens: int,
-        temperature: float,
-        top_p: float,
-        top_k: int,
-        min_p: float,
-        repetition_penalty: float,
-        presence_penalty: float,
-        frequency_penalty: float,
-        ignore_eos: bool,
-        logprobs: bool,
-        seed: int,
-        stop: Sequence[str],
         priority: int,
         timeout_s: float,
+        max_tokens: int = 1,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        presence_penalty: float = 0.0,
+        frequency_penalty: float = 0.0,
+        ignore_eos: bool = False,
+        logprobs: bool = False,
+        seed: int = 0,
+        stop: Sequence[str] = (),
+        payload_kind: int = 0,
+        answer_kind: int = 0,
+        payload: bytes = b"",
     ) -> Stream | None:
         """Queues a request; its Stream, or None where there is no room for one more."""
     def open(self, name: str, timeout_s: float) -> Stream | None:

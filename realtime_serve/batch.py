@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections import Counter
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from realtime_serve._core import PriorityQueue
 from realtime_serve.config import BatchConfig
@@ -26,6 +27,12 @@ class Batchable(Protocol):
     def priority(self) -> RequestPriority: ...
 
 
+class _Waiting(NamedTuple):
+    request: Batchable
+    arrival: float
+    deadline: float
+
+
 class BatchScheduler:
     """A priority queue of one model's requests, and the batches that are taken from it.
 
@@ -33,10 +40,10 @@ class BatchScheduler:
     `ageing_ms` goes before all others, so none starves. Belongs to one event loop's thread; one batch is taken at a
     time, and taking the next one tells that the last is done.
 
-    A batch is released when it is full, or `max_wait_ms` after its first request came ("timeout"). With
-    `dynamic_batching` it is also released as soon as it holds as many as the last batch had ("idle"): so a
-    lone request on an idle server does not wait, and clients that send again when they are answered are waited for, for
-    half a step at most.
+    A batch is released when it is full, or `max_wait_ms` after its first request came ("timeout"), or when it could not
+    be done in time any more for a request that has a deadline ("deadline"). With `dynamic_batching` it is also released
+    as soon as it holds as many as the last batch had ("idle"): so a lone request on an idle server does not wait, and
+    clients that send again when they are answered are waited for, for half a step at most.
     """
 
     def __init__(
@@ -51,11 +58,13 @@ class BatchScheduler:
         self.config = config or BatchConfig()
         self._max_queue = max_queue
         self._queue = PriorityQueue(capacity=max_queue, ageing_ns=ageing_ms * 1_000_000)
-        self._requests: dict[int, tuple[Batchable, float]] = {}  # by number: with its arrival
+        self._requests: dict[int, _Waiting] = {}  # by number, so by arrival
+        self._earliest_deadline = math.inf  # of those
         self._next_number = 0
         self._changed = asyncio.Event()
         # What is learned of batches: how many requests the last one had, and how long one is worked on.
         self._last_size = 1
+        self._last_release = ""
         self._released_at: float | None = None
         self._step_s = 0.0
         self._batches: Counter[str] = Counter()
@@ -66,26 +75,39 @@ class BatchScheduler:
 
     async def enqueue(self, request: Batchable) -> None:
         """Queues a request. Raises QueueFullError, at once, where `max_queue` wait."""
-        now = self._clock()
+        self.enqueue_nowait(request)
+
+    def enqueue_nowait(self, request: Batchable, *, arrival: float | None = None, deadline: float = math.inf) -> None:
+        """The same for who cannot await. `arrival`, now if none is given, and `deadline`, by which the request's batch
+        should be done, are seconds of the event loop's clock."""
+        now = self._clock() if arrival is None else arrival
         if not self._queue.push(request.priority.value, int(now * 1e9), 0, self._next_number):
             raise QueueFullError(
                 f"model {self.model!r} has {self._max_queue} requests waiting, which is all it takes",
                 retry_after=max(1.0, self._step_s * self._max_queue / self.config.max_batch_size),
             )
-        self._requests[self._next_number] = (request, now)
+        self._requests[self._next_number] = _Waiting(request, now, deadline)
+        self._earliest_deadline = min(self._earliest_deadline, deadline)
         self._next_number += 1
         self._total_requests += 1
         self._changed.set()
 
-    async def get_batch(self) -> list[Any]:
-        """Waits for a first request, then for others as the configuration says; 1 to `max_batch_size` requests."""
+    async def get_batch(self, limit: int | None = None) -> list[Any]:
+        """Waits for a first request, then for others as the configuration says; 1 to `max_batch_size` requests, and no
+        more than `limit`."""
         if self._released_at is not None:
             self._learn_step(self._clock() - self._released_at)
             self._released_at = None
         while not self._requests:
             await self._change(None)
-        reason = await self._fill()
-        return self._release(reason)
+        most = self.config.max_batch_size if limit is None else min(limit, self.config.max_batch_size)
+        self._last_release = await self._fill(most)
+        return self._release(most)
+
+    @property
+    def last_release(self) -> str:
+        """Why the last batch was released: full, timeout, idle or deadline."""
+        return self._last_release
 
     def queue_length(self) -> int:
         return len(self._requests)
@@ -107,37 +129,38 @@ class BatchScheduler:
             "batch_sizes": dict(self._sizes),
         }
 
-    async def _fill(self) -> str:
+    async def _fill(self, most: int) -> str:
         """Waits until the batch is to be released; why it is."""
         config = self.config
         first = self._oldest_arrival()
         latest = first + config.max_wait_ms / 1e3
-        wanted = self._wanted()
+        fewest = min(config.min_batch_size, most)
+        wanted = max(fewest, min(most, self._last_size))  # as many as are worth waiting for
         patience = max(first, self._clock()) + _WAIT_SHARE * self._step_s
-        while len(self._requests) < config.max_batch_size:
+        while len(self._requests) < most:
             now = self._clock()
+            start_by = self._earliest_deadline - self._step_s
             if now >= latest:
                 return "timeout"
-            until = latest
-            if config.dynamic_batching and len(self._requests) >= config.min_batch_size:
+            if now >= start_by:
+                return "deadline"
+            until = min(latest, start_by)
+            if config.dynamic_batching and len(self._requests) >= fewest:
                 if len(self._requests) >= wanted or now >= patience:
                     return "idle"
-                until = min(latest, patience)
+                until = min(until, patience)
             await self._change(until - now)
         return "full"
 
-    def _wanted(self) -> int:
-        """Requests that are worth waiting for, within the batch's bounds."""
-        return max(self.config.min_batch_size, min(self.config.max_batch_size, self._last_size))
-
-    def _release(self, reason: str) -> list[Any]:
+    def _release(self, most: int) -> list[Any]:
         now = self._clock()
         batch: list[Any] = []
-        while len(batch) < self.config.max_batch_size and (number := self._queue.pop(int(now * 1e9))) is not None:
-            request, arrival = self._requests.pop(number)
-            batch.append(request)
-            self._total_wait_s += now - arrival
-        self._batches[reason] += 1
+        while len(batch) < most and (number := self._queue.pop(int(now * 1e9))) is not None:
+            waiting = self._requests.pop(number)
+            batch.append(waiting.request)
+            self._total_wait_s += now - waiting.arrival
+        self._earliest_deadline = min((left.deadline for left in self._requests.values()), default=math.inf)
+        self._batches[self._last_release] += 1
         self._sizes[len(batch)] += 1
         self._last_size = len(batch)
         self._total_batched += len(batch)
@@ -148,7 +171,7 @@ class BatchScheduler:
         self._step_s = seconds if self._step_s == 0.0 else _MEMORY * self._step_s + (1 - _MEMORY) * seconds
 
     def _oldest_arrival(self) -> float:
-        return next(iter(self._requests.values()))[1]
+        return next(iter(self._requests.values())).arrival
 
     @staticmethod
     def _clock() -> float:

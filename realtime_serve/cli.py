@@ -189,7 +189,7 @@ def _default_of(setting: Field[Any]) -> str:
     if setting.name == "device":
         return " (default: cuda where there is one, else cpu)"
     default = setting.default
-    if default is MISSING or default is None or default == "":
+    if default is MISSING or default in (None, "", ()):
         return ""
     if isinstance(default, bool):
         return f" (default: {'yes' if default else 'no'})"

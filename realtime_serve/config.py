@@ -14,8 +14,10 @@ from typing import Any, NamedTuple, TypeVar, get_type_hints
 from realtime_serve.devices import default_device
 from realtime_serve.errors import ConfigError, did_you_mean
 from realtime_serve.types import (
+    MAX_ID_BYTES,
     MAX_SECONDS,
     MAX_TOKEN_COUNT,
+    RequestPriority,
     flag_problem,
     integer_problem,
     number_problem,
@@ -127,10 +129,16 @@ class ServerConfig:
     slow_reader_timeout: float = _setting(
         30.0, "seconds that a client may be behind before it is cut off", low=0.001, high=MAX_SECONDS
     )
+    client_priorities: Mapping[str, str] | tuple[tuple[str, str], ...] = _setting(
+        (), "clients whose priority is fixed, as batch=LOW,vip=HIGH"
+    )
+    """By client id, the name of a priority, or a RequestPriority; kept as pairs, in order, which cannot change."""
 
     def __post_init__(self) -> None:
         if isinstance(self.log_level, str):
             object.__setattr__(self, "log_level", self.log_level.upper())
+        if isinstance(self.client_priorities, Mapping):
+            object.__setattr__(self, "client_priorities", _in_order(self.client_priorities))
         _check_fields(self)
 
 
@@ -150,7 +158,8 @@ def load_server_config(
     """What a server and its model are to be: defaults, then the file, then the environment, then the flags.
 
     `file` is TOML with the tables [server] and [model]; in `environ` only REALTIME_SERVE_* counts; `flags` has fields
-    by name, and text in it is converted as the environment's is. Options of the model add up, one by one. Raises
+    by name, and text in it is converted as the environment's is. Options of the model add up, one by one, and so do
+    clients' priorities. Raises
     ConfigError naming the field and where it was given.
     """
     given: _Settings = {}
@@ -241,12 +250,49 @@ def _from_text(text: str, name: str) -> object:
             return text
     if kind is str:
         return text
+    if name == "client_priorities":
+        return _priorities_from_text(text)
     word = text.strip().lower()
     if word in _TRUE:
         return True
     if word in _FALSE:
         return False
     return None if word == "none" else word
+
+
+def _priorities_from_text(text: str) -> object:
+    priorities: dict[str, str] = {}
+    for binding in filter(None, map(str.strip, text.split(","))):
+        client, equals, priority = map(str.strip, binding.rpartition("="))
+        if not equals or client in priorities:
+            return text
+        priorities[client] = priority
+    return priorities
+
+
+def _in_order(priorities: Mapping[Any, Any]) -> tuple[tuple[Any, Any], ...]:
+    """As ServerConfig keeps them. What is wrong stays as it is: the field's check then refuses it."""
+    return tuple(sorted(((client, _name_of_priority(given)) for client, given in priorities.items()), key=repr))
+
+
+def _name_of_priority(given: object) -> object:
+    if isinstance(given, RequestPriority):
+        return given.name
+    return given.upper() if isinstance(given, str) else given
+
+
+def _priorities_problem(value: object) -> str | None:
+    if not isinstance(value, tuple) or not all(isinstance(binding, tuple) and len(binding) == 2 for binding in value):
+        return f"must give each client its priority once, as batch=LOW,vip=HIGH; it is {shown(value)}"
+    for client, name in value:
+        if problem := text_problem(client, MAX_ID_BYTES):
+            return f"must name clients by their ids, each of which {problem}"
+        if not isinstance(name, str) or name not in RequestPriority.__members__:
+            known = ", ".join(RequestPriority.__members__)
+            return f"must have one of {known} for each client; for {shown(client)} it is {shown(name)}"
+    if len(dict(value)) < len(value):
+        return "must give each client one priority"
+    return None
 
 
 def _with_model_defaults(given: _Settings) -> _Settings:
@@ -307,6 +353,8 @@ def _problem(value: object, kind: object, setting: Field[Any]) -> str | None:
         return number_problem(value, rules["low"], rules["high"])
     if kind is bool:
         return flag_problem(value)
+    if setting.name == "client_priorities":
+        return _priorities_problem(value)
     if kind is str:
         return None if value == setting.default == "" else text_problem(value)
     return None

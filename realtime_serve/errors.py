@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+# When a client that was refused is asked back, in seconds, where that is an estimate: sooner would be a busy loop, and
+# what is further off than a minute nobody can foresee.
+_RETRY_WITHIN_S = (1.0, 60.0)
+
 # Longer names than this are no typo; comparing them would cost time in proportion to their length.
 _MAX_NAME_COMPARED = 64
 
@@ -51,6 +55,14 @@ class PayloadTooLargeError(ServeError):
     code = "body_too_large"
 
 
+class UnsupportedMediaTypeError(ServeError):
+    status = 415
+    type = "invalid_request_error"
+    label = "invalid_request"
+    code = "unsupported_media_type"
+    param = "Content-Type"
+
+
 class ModelNotFoundError(ServeError, LookupError, ValueError):
     status = 404
     type = "not_found_error"
@@ -64,7 +76,7 @@ class RequestTimeoutError(ServeError):
 
     status = 408
     type = "timeout_error"
-    label = "timeout"
+    label = "request_timeout"
     code = "request_timeout"
 
 
@@ -104,16 +116,23 @@ class RateLimitedError(ServeError):
 class TooManyConnectionsError(ServeError):
     status = 503
     type = "service_unavailable_error"
-    label = "unavailable"
+    label = "too_many_connections"
     code = "too_many_connections"
-    retry_after = 1.0
+    # Any client that leaves makes room, and none says when: soon, then, and the next refusal costs little.
+    retry_after = _RETRY_WITHIN_S[0]
 
 
 class ShuttingDownError(ServeError):
+    """This process takes no more requests; whatever takes its place does."""
+
     status = 503
     type = "service_unavailable_error"
-    label = "unavailable"
+    label = "shutting_down"
     code = "shutting_down"
+
+    def __init__(self, message: str, retry_after: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
 
 
 class ModelUnavailableError(ServeError):
@@ -166,6 +185,8 @@ class PullError(ServeError, RuntimeError):
     label = "load_failed"
     code = "model_pull_failed"
     param = "model"
+    # What a host refuses or a network loses is seldom back sooner.
+    retry_after = _RETRY_WITHIN_S[1]
 
 
 class ModelLoadError(ServeError, RuntimeError):
@@ -180,17 +201,25 @@ class UnsupportedModelError(ModelLoadError, ValueError):
     code = "model_unsupported"
 
 
-def stream_error(code: str) -> ServeError:
-    """Why a stream failed, by the code that its worker gave."""
+def bounded_retry_after(seconds: float) -> float:
+    """An estimate of the wait as clients are told it: from 1 s to 60 s."""
+    soonest, latest = _RETRY_WITHIN_S
+    return min(max(seconds, soonest), latest)
+
+
+def stream_error(code: str, detail: str = "") -> ServeError:
+    """Why a stream failed, by the code that its worker gave and what it said more."""
     match code:
         case "invalid_logits":
             return ModelFailedError("the model computed logits that are not finite for this request", code)
         case "model_failed":
-            return ModelFailedError("the model failed in a step that this request was part of", code)
+            return ModelFailedError(detail or "the model failed in a step that this request was part of", code)
         case "worker_died":
             return WorkerDiedError("the worker died while it served this request; the request can be sent again")
         case "invalid_request":
-            return InvalidRequestError("the worker refused this request as malformed", code=code)
+            return InvalidRequestError(
+                detail or "the worker refused this request as malformed", "input" if detail else None, code
+            )
         case "timeout":
             return TokenTimeoutError("the model gave no token within the request's timeout")
     raise ValueError(f"no stream ends with the error {code!r}")

@@ -11,15 +11,25 @@ from collections.abc import Callable
 from typing import Any, TypeVar, cast
 
 from realtime_serve import hub
+from realtime_serve._core import PayloadKind
 from realtime_serve._pump import Stream
-from realtime_serve.config import ModelConfig
+from realtime_serve.config import BatchConfig, ModelConfig
 from realtime_serve.devices import cuda_device_count
 from realtime_serve.engine.launch import NULL_MODEL, FrontTokenizer, LoadSpec, load_tokenizer
 from realtime_serve.engine.step_loop import EngineLimits
 from realtime_serve.engine.supervisor import Supervisor
-from realtime_serve.errors import ConfigError, ModelLoadError, ModelNotFoundError, ModelUnavailableError
+from realtime_serve.errors import (
+    ConfigError,
+    InvalidRequestError,
+    ModelLoadError,
+    ModelNotFoundError,
+    ModelUnavailableError,
+    bounded_retry_after,
+)
+from realtime_serve.payload import Payload, PayloadError
+from realtime_serve.runners.loader import Loader, import_name
 from realtime_serve.stream import StreamManager, TokenStream
-from realtime_serve.types import InferenceRequest, check_context
+from realtime_serve.types import InferenceRequest, PredictRequest, check_context, check_max_tokens
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +40,9 @@ _ENCODE_INLINE_CHARS = 4096
 
 
 class Model:
-    """A loaded model version: its worker, its tokenizer and its counts."""
+    """A loaded model version: its worker, its counts, and its tokenizer where it takes token ids."""
 
-    def __init__(self, config: ModelConfig, model_obj: Supervisor, tokenizer: FrontTokenizer) -> None:
+    def __init__(self, config: ModelConfig, model_obj: Supervisor, tokenizer: FrontTokenizer | None = None) -> None:
         self.config = config
         self.worker = model_obj
         self.health_check_passed = False
@@ -50,6 +60,11 @@ class Model:
         return self.config.version
 
     @property
+    def kind(self) -> str:
+        """What requests it takes: tokens (one of our engines, or an object with `step`), generate or predict."""
+        return self.worker.kind
+
+    @property
     def max_context(self) -> int:
         """Positions that a sequence of this model can have, prompt included."""
         return self.worker.max_context
@@ -64,6 +79,12 @@ class Model:
     async def submit(self, request: InferenceRequest) -> Stream:
         """Queues a request on this version. Raises ServeError where it cannot be served, naming the field."""
         client = self.worker.client
+        if self.kind == "predict":
+            raise InvalidRequestError(f"model {self.name!r} predicts and generates no text: POST /predict", "model")
+        if self._tokenizer is None:
+            check_max_tokens(request.max_tokens, self.max_context)
+            prompt = Payload(PayloadKind.TEXT, request.prompt.encode())
+            return client.submit(request, prompt, model=self.name, version=self.version)
         if len(request.prompt) <= _ENCODE_INLINE_CHARS:
             prompt_ids = self._tokenizer.encode(request.prompt)
         else:
@@ -72,6 +93,29 @@ class Model:
             client = self.worker.client
         check_context(len(prompt_ids), request.max_tokens, self.max_context)
         return client.submit(request, prompt_ids, model=self.name, version=self.version)
+
+    def submit_inputs(self, request: PredictRequest) -> list[Stream]:
+        """Queues a request's inputs on this version, a stream each; all of them or none.
+
+        Raises ServeError where they cannot be served, naming the field.
+        """
+        client = self.worker.client
+        if self.kind != "predict":
+            raise InvalidRequestError(f"model {self.name!r} generates text and predicts nothing: POST /infer", "model")
+        if len(request.inputs) > client.channel.slots:
+            raise InvalidRequestError(
+                f"inputs must be at most {client.channel.slots} here; there are {len(request.inputs)}", "inputs"
+            )
+        streams: list[Stream] = []
+        try:
+            for value in request.inputs:
+                payload = _as_payload(value)
+                streams.append(client.submit_input(request, payload, model=self.name, version=self.version))
+        except BaseException:
+            for stream in streams:
+                stream.close()
+            raise
+        return streams
 
 
 class ModelRegistry:
@@ -84,14 +128,30 @@ class ModelRegistry:
         *,
         isolation: str = "process",
         log_level: str = "INFO",
+        batching: BatchConfig | None = None,
     ) -> None:
+        """`batching` is how callable models' requests are batched where their loader was registered without."""
         self._streams = stream_manager
         self._limits = limits
         self._isolation = isolation
         self._log_level = log_level
+        self._batching = batching or BatchConfig()
+        self._loaders: dict[str, tuple[Loader, BatchConfig]] = {}
         self._versions: dict[str, dict[str, Model]] = {}
         self._active: dict[str, str] = {}
         self._loading: dict[tuple[str, str], ModelConfig] = {}
+        self._loading_since: dict[tuple[str, str], float] = {}
+
+    def register_loader(self, name: str, loader: Loader, batching: BatchConfig | None = None) -> None:
+        """What loads the versions of model `name` from now on, in place of our own engines.
+
+        `loader` takes the ModelConfig and returns, or is async and returns, an object with `step(batch)`,
+        `generate(prompt, …)` or `predict(list) -> list`. It is called in the worker: a process of its own where it can
+        be imported by name, else a thread of this one. Raises ValueError where it is no callable.
+        """
+        if not callable(loader):
+            raise ValueError(f"the loader of model {name!r} must be callable; it is a {type(loader).__name__}")
+        self._loaders[name] = (loader, batching or self._batching)
 
     async def load_model(self, config: ModelConfig) -> Model:
         """Loads, warms up and health-checks a version, then makes it the active one.
@@ -103,26 +163,31 @@ class ModelRegistry:
         if key in self._loading or config.version in self._versions.get(config.name, {}):
             raise ModelLoadError(f"model {config.name!r} version {config.version!r} is loaded already, or being loaded")
         self._loading[key] = config
+        self._loading_since[key] = time.monotonic()
         try:
             model = await self._load(config)
         finally:
-            del self._loading[key]
+            del self._loading[key], self._loading_since[key]
         model.health_check_passed = True
         self._versions.setdefault(config.name, {})[config.version] = model
         self._active[config.name] = config.version
         return model
 
     async def _load(self, config: ModelConfig) -> Model:
-        path = await _in_daemon_thread(lambda: resolve_model(config))
-        worker = Supervisor(
-            LoadSpec(config, self._limits, self._log_level, path),
-            self._streams.open_channel,
-            isolation=self._isolation,
-        )
+        if config.name in self._loaders:
+            spec, isolation = self._loader_spec(config, *self._loaders[config.name])
+        else:
+            path = await _in_daemon_thread(lambda: resolve_model(config))
+            spec, isolation = LoadSpec(config, self._limits, self._log_level, path), self._isolation
+        worker = Supervisor(spec, self._streams.open_channel, isolation=isolation)
         try:
             worker.start()
-            tokenizer = await _in_daemon_thread(lambda: load_tokenizer(path))
+            tokenizer = None
+            if spec.loader is None:  # the worker loads meanwhile
+                tokenizer = await _in_daemon_thread(lambda: load_tokenizer(spec.path))
             await worker.wait_ready()
+            if worker.kind == "tokens" and tokenizer is None:
+                tokenizer = await self._tokenizer_for(config)
             model = Model(config, worker, tokenizer)
             await self._warm_up(model)
         except BaseException:
@@ -130,8 +195,32 @@ class ModelRegistry:
             raise
         return model
 
+    def _loader_spec(self, config: ModelConfig, loader: Loader, batching: BatchConfig) -> tuple[LoadSpec, str]:
+        """With the isolation that the loader permits."""
+        isolation = self._isolation
+        if isolation == "process" and import_name(loader) is None:
+            log.info(
+                "model %s runs in a thread of this process: its loader cannot be imported by name from another one",
+                config.name,
+            )
+            isolation = "thread"
+        return LoadSpec(config, self._limits, self._log_level, loader=loader, batching=batching), isolation
+
+    async def _tokenizer_for(self, config: ModelConfig) -> FrontTokenizer:
+        """A user's model that takes token ids names in `model_path` what has the tokenizer."""
+        if not config.model_path:
+            raise ModelLoadError(
+                f"model {config.name!r} has step(batch), so its prompts must be tokenized: set model_path to the folder"
+                " or GGUF file that has its tokenizer"
+            )
+        path = await _in_daemon_thread(lambda: resolve_model(config))
+        return await _in_daemon_thread(lambda: load_tokenizer(path))
+
     async def _warm_up(self, model: Model) -> None:
-        """One inference through the whole path: `warmup_tokens` of prompt, one token out."""
+        """One inference through the whole path: `warmup_tokens` of prompt, one token out. A model that predicts has
+        only its own `warmup`: nobody knows what its inputs are."""
+        if model.kind == "predict" or model.config.warmup_tokens == 0:
+            return
         words = max(1, min(model.config.warmup_tokens, model.max_context - 1) // 2)
         request = InferenceRequest("warm-up", model.name, "a " * words, max_tokens=1, temperature=0.0)
         try:
@@ -170,7 +259,7 @@ class ModelRegistry:
             name = next(iter(self._active))
         model = self.get_model(name) if name is not None else None
         if model is None and (name in loading or (name is None and loading)):
-            raise ModelUnavailableError(f"model {name or next(iter(loading))!r} is being loaded")
+            raise ModelUnavailableError(f"model {name or next(iter(loading))!r} is being loaded", self.loaded_in())
         if model is None:
             served = ", ".join(repr(served) for served in self._active) or "none yet"
             raise ModelNotFoundError(
@@ -194,8 +283,12 @@ class ModelRegistry:
         return True
 
     async def health_check(self, name: str) -> bool:
+        """Asks the active version's worker, and its model where that has a `health_check`."""
         model = self.get_model(name)
-        return model is not None and model.health_check_passed and model.worker.is_ready
+        if model is None:
+            return False
+        model.health_check_passed = await model.worker.is_well()
+        return model.health_check_passed
 
     def model_stats(self, name: str) -> dict[str, Any]:
         """Raises KeyError where no such model is loaded."""
@@ -217,6 +310,11 @@ class ModelRegistry:
     def loading(self) -> list[ModelConfig]:
         return list(self._loading.values())
 
+    def loaded_in(self) -> float:
+        """Seconds after which what is being loaded may serve. Nobody knows how long a load takes: as long again as the
+        longest has taken so far."""
+        return bounded_retry_after(max((time.monotonic() - since for since in self._loading_since.values()), default=0))
+
     def models(self) -> list[Model]:
         """By name, whichever was loaded first; the versions of a model in the order of their loading."""
         return [model for _, versions in sorted(self._versions.items()) for model in versions.values()]
@@ -225,6 +323,13 @@ class ModelRegistry:
         await asyncio.gather(*(model.worker.stop() for model in self.models()))
         self._versions.clear()
         self._active.clear()
+
+
+def _as_payload(value: Any) -> Payload:
+    try:
+        return Payload.of(value)
+    except PayloadError as error:
+        raise InvalidRequestError(f"an input cannot be sent to the model: {error}", "inputs") from None
 
 
 def check_device(config: ModelConfig) -> None:

@@ -16,14 +16,15 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from realtime_serve._pump import Stream
-from realtime_serve.config import ModelConfig, ServerConfig
+from realtime_serve.config import BatchConfig, ModelConfig, ServerConfig
 from realtime_serve.errors import ConfigError, ServeError
 from realtime_serve.http.bind import bind
 from realtime_serve.middleware import MetricsCollector, MiddlewareChain, RateLimiter, RequestLogger
-from realtime_serve.models import ModelRegistry, check_device
+from realtime_serve.models import Model, ModelRegistry, check_device
+from realtime_serve.runners.loader import Loader
 from realtime_serve.service import InferenceService
 from realtime_serve.stream import StreamManager, TokenStream
-from realtime_serve.types import InferenceRequest, InferenceResponse, StreamToken
+from realtime_serve.types import InferenceRequest, InferenceResponse, PredictRequest, PredictResponse, StreamToken
 
 if TYPE_CHECKING:
     from realtime_serve.http.listener import Listener
@@ -68,7 +69,7 @@ class InferenceServer:
 
     @property
     def middleware_chain(self) -> MiddlewareChain:
-        """`add` takes the user's own: `async def (request, next)`. They run inside the built-in three."""
+        """`add` takes the user's own: `async def (request, next)`. They run inside what is built in."""
         return self._service.middleware
 
     @property
@@ -93,13 +94,21 @@ class InferenceServer:
         """HTTP connections that are open."""
         return self._listener.connections if self._listener is not None else 0
 
-    def register_model(self, config: ModelConfig) -> None:
+    def register_model(
+        self, config: ModelConfig, loader: Loader | None = None, batching: BatchConfig | None = None
+    ) -> None:
         """Names a model to serve; from any thread. Before the start it is loaded at the start; after it, at once in the
         background, and a failure is logged.
+
+        `loader` makes the model's object, as ModelRegistry.register_loader says; without one our own engines serve
+        what `config` names. `batching` is how the requests of such an object are batched, within max_batch_size and
+        max_batch_wait_ms of the server where it is not given.
 
         Raises ConfigError, in one line with the fix, where its device is not there or that version is registered.
         """
         check_device(config)
+        if loader is not None:
+            self.model_registry.register_loader(config.name, loader, batching)
         if self._loop is not None:
             self._loop.call_soon_threadsafe(self._start_load, config)
             return
@@ -211,6 +220,19 @@ class InferenceServer:
             timings=outcome.timings,
         )
 
+    async def predict(self, request: PredictRequest) -> PredictResponse:
+        """A model's outputs for the request's inputs."""
+        started = time.perf_counter()
+        outputs, outcome = await self._service.predict(request)
+        return PredictResponse(
+            request_id=request.request_id,
+            model=outcome.model,
+            outputs=[output.value() for output in outputs],
+            latency_ms=(time.perf_counter() - started) * 1e3,
+            version=outcome.version,
+            timings=outcome.timings,
+        )
+
     async def start(self, host: str | None = None, port: int | None = None) -> None:
         """Listens and serves until `stop()`, SIGTERM or SIGINT; a second signal ends it without waiting for streams.
 
@@ -249,7 +271,7 @@ class InferenceServer:
             await asyncio.gather(opening, stopping, return_exceptions=True)
             await self._close(drain_s=drain_s)
             if self._listener is not None:
-                await self._listener.stop()
+                await self._listener.stop(flush_s=self._service.drain_left(), hurry=self._service.drain_ended)
                 self._listener = None
 
     async def stop(self) -> None:
@@ -262,7 +284,7 @@ class InferenceServer:
     def _on_signal(self) -> None:
         assert self._stop_requested is not None
         if self._stop_requested.is_set():
-            self._service.end_drain()
+            self._service.drain_ended.set()
         self._stop_requested.set()
 
     async def _listen_http(self) -> None:
@@ -270,7 +292,11 @@ class InferenceServer:
         from realtime_serve.http.listener import Listener
 
         assert self._socket is not None
-        self._listener = Listener(build_app(self._service), max_connections=self.config.max_connections)
+        self._listener = Listener(
+            build_app(self._service),
+            max_connections=self.config.max_connections,
+            on_refused=self._service.metrics.refused_connections.inc,
+        )
         await self._listener.start(self._socket)
 
     def _announce(self, host: str) -> None:
@@ -284,10 +310,17 @@ class InferenceServer:
         lines = [f"realtime-serve listens on http://{shown}"]
         lines += [f"  {m.name} {m.version} on {m.config.device}, context {m.max_context} tokens" for m in models]
         if models:
-            body = f'{{"model":"{models[0].name}","prompt":"The capital of France is","max_tokens":16}}'
-            lines += ["try:", f"  curl -N {shown}/infer -d '{body}'"]
+            lines += ["try:", f"  {_example(models[0], shown)}"]
         lines.append("Ctrl-C stops it.")
         print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _example(model: Model, address: str) -> str:
+    """A command that calls the model."""
+    if model.kind == "predict":
+        return f"""curl {address}/predict -d '{{"model":"{model.name}","input":…}}'"""
+    body = f'{{"model":"{model.name}","prompt":"The capital of France is","max_tokens":16}}'
+    return f"curl -N {address}/infer -d '{body}'"
 
 
 async def run_server(config: ServerConfig, models: Sequence[ModelConfig] = ()) -> None:

@@ -46,7 +46,7 @@ class TokenStream(AsyncIterator[StreamToken]):
                 self._stream.close()
                 error = self._stream.error
                 if error:
-                    raise stream_error(error)
+                    raise stream_error(error, self._stream.error_detail)
                 raise StopAsyncIteration
             await self._stream.readable()
         return StreamToken(*token)
@@ -81,18 +81,19 @@ class StreamManager:
         *,
         max_streams: int = 1024,
         slow_reader_timeout: float = 30.0,
+        max_payload_bytes: int = 4 << 20,
     ) -> None:
         if buffer_size < 1:
             raise ValueError(f"buffer_size must be at least 1 token; it is {buffer_size!r}")
         self._default_timeout = _checked_timeout("default_timeout", default_timeout)
-        self._shape = ChannelShape(max_streams, buffer_size, slow_reader_timeout)
+        self._shape = ChannelShape(max_streams, buffer_size, slow_reader_timeout, max_payload_bytes)
         self._channels: weakref.WeakSet[ChannelClient] = weakref.WeakSet()
         self._local: ChannelClient | None = None
         self._streams: dict[str, _NamedStream] = {}
 
-    def open_channel(self, generation: int, *, shared: bool) -> ChannelClient:
+    def open_channel(self, generation: int, *, shared: bool, carries_payloads: bool = False) -> ChannelClient:
         """A channel of this manager's bounds, for a worker; its pump belongs to the running event loop."""
-        channel = ChannelClient(self._shape, generation, shared=shared)
+        channel = ChannelClient(self._shape, generation, shared=shared, carries_payloads=carries_payloads)
         self._channels.add(channel)
         return channel
 

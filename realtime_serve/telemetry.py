@@ -14,8 +14,14 @@ _Counts = tuple[list[int], int]
 
 # name, help, where it is counted, its key there, and how many of its units a unit of the metric has
 _HISTOGRAMS = (
-    ("rts_step_seconds", "From a step's assembly to its commit.", "worker", "step_us", 1e6),
-    ("rts_batch_sequences", "Sequences of a step.", "worker", "batch_sequences", 1),
+    (
+        "rts_step_seconds",
+        "A step, assembly to commit; a call of a callable model.",
+        "worker",
+        "step_us",
+        1e6,
+    ),
+    ("rts_batch_sequences", "Sequences of a step, or inputs of a batch.", "worker", "batch_sequences", 1),
     ("rts_batch_tokens", "Positions of a step.", "worker", "batch_tokens", 1),
     ("rts_token_gap_seconds", "Between two tokens of a stream, as its reader gets them.", "pump", "token_gaps_us", 1e6),
 )
@@ -27,6 +33,7 @@ _GAUGES = (
 )
 _COUNTERS = (
     ("rts_paused_sequences", "Times that a sequence waited for its reader.", "worker", "stalls"),
+    ("rts_preempted_sequences", "Times that a sequence gave up its place to another.", "worker", "preemptions"),
     ("rts_slowed_readers", "Times that a connection fell behind.", "pump", "slowed"),
     ("rts_cut_readers", "Connections cut off because they stayed behind.", "pump", "cut"),
     ("rts_writes", "Writes to connections.", "pump", "writes"),
@@ -50,7 +57,9 @@ class EngineMetrics(Collector):
             restarts.add_metric(_labels(model), model.worker.restarts)
         yield restarts
 
-        counts = [(_labels(model), stats) for model in models if (stats := model.worker.stats()) is not None]
+        all_stats = [(model, stats) for model in models if (stats := model.worker.stats()) is not None]
+        counts = [(_labels(model), stats) for model, stats in all_stats]
+        called = [(model, stats) for model, stats in all_stats if model.kind != "tokens"]
         for name, help, source, key, per_unit in _HISTOGRAMS:
             histogram = HistogramMetricFamily(name, help, labels=_LABELS)
             for labels, stats in counts:
@@ -67,6 +76,13 @@ class EngineMetrics(Collector):
             for labels, stats in counts:
                 counter.add_metric(labels, stats[source][key])
             yield counter
+        releases = CounterMetricFamily(
+            "rts_batches", "Batches of callable models by why they were released.", labels=(*_LABELS, "release")
+        )
+        for model, stats in called:
+            for release, count in stats["worker"]["batch_releases"].items():
+                releases.add_metric((*_labels(model), release), count)
+        yield releases
 
 
 def _gauge(name: str, help: str, models: Iterable[Model]) -> Metric:

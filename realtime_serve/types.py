@@ -6,9 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from realtime_serve.errors import InvalidRequestError, PromptTooLongError
+
+if TYPE_CHECKING:
+    from realtime_serve._core import PayloadKind
 
 # The core counts tokens in 32 bits.
 MAX_TOKEN_COUNT = 2**31 - 1
@@ -17,7 +20,7 @@ MAX_SECONDS = 86_400.0
 # The core's bounds of stop strings.
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_BYTES = 256
-_MAX_ID_BYTES = 256
+MAX_ID_BYTES = 256
 _SHOWN_CHARS = 60
 
 _INTEGERS = {"max_tokens": (1, MAX_TOKEN_COUNT), "top_k": (0, MAX_TOKEN_COUNT)}
@@ -29,7 +32,6 @@ _NUMBERS: dict[str, tuple[float, float]] = {
     "repetition_penalty": (0.01, 10),
     "presence_penalty": (-2, 2),
     "frequency_penalty": (-2, 2),
-    "timeout": (0.001, MAX_SECONDS),
 }
 _FLAGS = ("ignore_eos", "logprobs")
 
@@ -69,12 +71,8 @@ class InferenceRequest:
     logprobs: bool = False
 
     def __post_init__(self) -> None:
-        _refuse("request_id", text_problem(self.request_id, _MAX_ID_BYTES))
-        if self.model is not None:
-            _refuse("model", text_problem(self.model, _MAX_ID_BYTES))
+        _check_common(self)
         _refuse("prompt", text_problem(self.prompt))
-        if self.client_id != "":
-            _refuse("client_id", text_problem(self.client_id, _MAX_ID_BYTES))
         for name, (least, most) in _INTEGERS.items():
             _refuse(name, integer_problem(getattr(self, name), least, most))
         for name, (low, high) in _NUMBERS.items():
@@ -83,11 +81,48 @@ class InferenceRequest:
             _refuse("seed", integer_problem(self.seed, 0, 2**64 - 1))
         for name in _FLAGS:
             _refuse(name, flag_problem(getattr(self, name)))
-        if not isinstance(self.priority, RequestPriority):
-            _refuse("priority", f"must be a RequestPriority; it is {shown(self.priority)}")
-        if not isinstance(self.metadata, dict):
-            _refuse("metadata", f"must be a dict; it is {shown(self.metadata)}")
         self.stop = _stop_strings(self.stop)
+
+
+@dataclass(slots=True)
+class PredictRequest:
+    """Inputs for a model that predicts. Raises InvalidRequestError, a ValueError, which names the field that is wrong.
+
+    An input is anything that JSON can say, bytes, or a NumPy array; each may be batched with other requests' inputs.
+    """
+
+    request_id: str
+    model: str | None
+    """None: the only model that is served."""
+    inputs: Sequence[Any]
+    priority: RequestPriority = RequestPriority.NORMAL
+    timeout: float = 30.0
+    """Seconds without an output."""
+    client_id: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+    _: KW_ONLY
+    output_kind: PayloadKind | None = None
+    """The form that outputs have to have; None: what fits them."""
+
+    def __post_init__(self) -> None:
+        _check_common(self)
+        if not isinstance(self.inputs, list | tuple) or not self.inputs:
+            _refuse("inputs", f"must be a list of at least one input; it is {shown(self.inputs)}")
+
+
+@dataclass(slots=True)
+class PredictResponse:
+    request_id: str
+    model: str
+    outputs: list[Any]
+    """In the order of the inputs."""
+    latency_ms: float
+    version: str
+    timings: Timings
+
+
+Request = InferenceRequest | PredictRequest
+"""What goes through the middleware."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +181,20 @@ class Outcome:
     timings: Timings
 
 
+def _check_common(request: InferenceRequest | PredictRequest) -> None:
+    """Checks what every request has."""
+    _refuse("request_id", text_problem(request.request_id, MAX_ID_BYTES))
+    if request.model is not None:
+        _refuse("model", text_problem(request.model, MAX_ID_BYTES))
+    if request.client_id != "":
+        _refuse("client_id", text_problem(request.client_id, MAX_ID_BYTES))
+    _refuse("timeout", number_problem(request.timeout, 0.001, MAX_SECONDS))
+    if not isinstance(request.priority, RequestPriority):
+        _refuse("priority", f"must be a RequestPriority; it is {shown(request.priority)}")
+    if not isinstance(request.metadata, dict):
+        _refuse("metadata", f"must be a dict; it is {shown(request.metadata)}")
+
+
 def check_context(prompt_tokens: int, max_tokens: int, max_context: int) -> None:
     """Raises PromptTooLongError or InvalidRequestError where a model's context cannot hold prompt and answer."""
     if prompt_tokens < 1:
@@ -160,6 +209,15 @@ def check_context(prompt_tokens: int, max_tokens: int, max_context: int) -> None
         raise InvalidRequestError(
             f"max_tokens must be at most {room} here; it is {max_tokens}, and the prompt takes {prompt_tokens} of the"
             f" model's context of {max_context} tokens",
+            "max_tokens",
+        )
+
+
+def check_max_tokens(max_tokens: int, max_context: int) -> None:
+    """The same for a model whose prompts are not counted in tokens."""
+    if max_tokens > max_context:
+        raise InvalidRequestError(
+            f"max_tokens must be at most {max_context} here, the model's max_seq_length; it is {max_tokens}",
             "max_tokens",
         )
 

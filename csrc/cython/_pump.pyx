@@ -16,6 +16,7 @@ from rts cimport (
     Channel,
     EndExtension,
     FrameBuffer,
+    PayloadKind,
     Priority,
     SteadyClock,
     StreamError,
@@ -56,9 +57,9 @@ _ERRORS = ("", "invalid_logits", "model_failed", "worker_died", "invalid_request
 cdef SteadyClock CLOCK
 
 
-cdef append_error(FrameBuffer* out, str code):
+cdef append_error(FrameBuffer* out, str code, str detail):
     """An error event in the words of the exception that a caller without HTTP would get."""
-    error = stream_error(code)
+    error = stream_error(code, detail)
     cdef bytes message = str(error).encode(), kind = error.type.encode(), name = error.code.encode()
     append_error_event(
         out[0],
@@ -152,6 +153,7 @@ cdef class Stream:
     # What is left of the stream once its slot is given back.
     cdef object final_reason
     cdef str final_error
+    cdef str final_detail
     cdef uint32_t final_tokens
     cdef EndExtension final_end
 
@@ -191,6 +193,14 @@ cdef class Stream:
         cdef FrameBuffer body
         self.pump.table.get().finish_json(self.slot, body)
         return PyBytes_FromStringAndSize(body.data(), body.size())
+
+    async def whole(self):
+        """The answer of a model that predicts, as (what its bytes are, the bytes); empty where the stream failed."""
+        await self._run(StreamFormat.kWhole)
+        if self.error or not self.is_open:
+            return 0, b""
+        cdef string_view body = self.pump.table.get().whole(self.slot)
+        return <uint8_t>self.pump.table.get().whole_kind(self.slot), PyBytes_FromStringAndSize(body.data(), body.size())
 
     async def _run(self, StreamFormat format):
         self.pump.table.get().set_format(self.slot, format)
@@ -235,6 +245,7 @@ cdef class Stream:
         cdef StreamTable* table = self.pump.table.get()
         self.final_reason = _FINISH_REASONS[<int>table.finish(self.slot)]
         self.final_error = _ERRORS[<int>table.error(self.slot)]
+        self.final_detail = self._detail()
         self.final_tokens = table.generated(self.slot)
         self.final_end = table.end(self.slot)
         self.pump.streams[self.slot] = None
@@ -255,6 +266,15 @@ cdef class Stream:
     def error(self):
         """Why the stream failed, as a code; empty where it did not."""
         return _ERRORS[<int>self.pump.table.get().error(self.slot)] if self.is_open else self.final_error
+
+    @property
+    def error_detail(self):
+        """What its worker says more of the error."""
+        return self._detail() if self.is_open else self.final_detail
+
+    cdef str _detail(self):
+        cdef string_view detail = self.pump.table.get().error_detail(self.slot)
+        return detail.data()[:detail.size()].decode("utf-8", "replace")
 
     @property
     def finish_reason(self):
@@ -336,7 +356,7 @@ cdef class Pump:
         if self.timeout_timer is not None:
             self.timeout_timer.cancel()
             self.timeout_timer = None
-        self.fail()  # what connections that are behind have to get is written as they catch up
+        self.fail()
 
     @property
     def open_streams(self):
@@ -362,10 +382,11 @@ cdef class Pump:
         """How long the stream that has waited longest for its worker has done so; 0 where none waits."""
         return self.table.get().longest_wait_ns() / 1e9
 
-    def submit(self, *, str request_id, str model, str version, list prompt_ids, int32_t max_tokens, float temperature,
-               float top_p, int32_t top_k, float min_p, float repetition_penalty, float presence_penalty,
-               float frequency_penalty, bint ignore_eos, bint logprobs, uint64_t seed, stop, int priority,
-               double timeout_s):
+    def submit(self, *, str request_id, str model, str version, list prompt_ids, int priority, double timeout_s,
+               int32_t max_tokens=1, float temperature=1.0, float top_p=1.0, int32_t top_k=0, float min_p=0.0,
+               float repetition_penalty=1.0, float presence_penalty=0.0, float frequency_penalty=0.0,
+               bint ignore_eos=False, bint logprobs=False, uint64_t seed=0, stop=(), int payload_kind=0,
+               int answer_kind=0, bytes payload=b""):
         """Queues a request; its Stream, or None where there is no room for one more."""
         cdef StreamSpec spec
         spec.request_id = request_id.encode()
@@ -385,6 +406,9 @@ cdef class Pump:
         spec.sampling.flags = (kIgnoreEos if ignore_eos else 0) | (kLogprobs if logprobs else 0)
         spec.sampling.seed = seed
         spec.priority = <Priority><uint8_t>priority
+        spec.payload_kind = <PayloadKind><uint8_t>payload_kind
+        spec.answer_kind = <PayloadKind><uint8_t>answer_kind
+        spec.payload = payload
         return self._stream(self.table.get().submit(move(spec), <int64_t>(timeout_s * 1e9)))
 
     def open(self, str name, double timeout_s):
@@ -448,7 +472,7 @@ cdef class Pump:
         cdef Connection connection = stream.connection
         cdef uint32_t slot = stream.slot
         if connection is None:
-            if table.format(slot) == StreamFormat.kJson:
+            if table.format(slot) != StreamFormat.kTokens:
                 table.drain(slot, self.unused)
                 if table.ended(slot):
                     stream.wake()
@@ -457,7 +481,8 @@ cdef class Pump:
             return table.ended(slot)
         if stream.served:  # its worker announced once more what an earlier look had taken
             return True
-        if connection.behind and not connection.caught_up():
+        # A pump that has stopped will not look again: its connections get all that is left, which the rings bound.
+        if self.running and connection.behind and not connection.caught_up():
             if connection.behind_for() < self.cut_after_s:
                 self._retry_later(stream)
                 return False
@@ -485,7 +510,7 @@ cdef class Pump:
                 self.touched.append(connection)
         if ended:
             if table.error(slot) != <StreamError>0:
-                append_error(out, _ERRORS[<int>table.error(slot)])
+                append_error(out, _ERRORS[<int>table.error(slot)], stream._detail())
             connection.end_body()
             stream.wake()
         return ended

@@ -11,6 +11,7 @@ from libcpp.vector cimport vector
 
 cdef extern from "<string_view>" namespace "std" nogil:
     cdef cppclass string_view:
+        string_view()
         string_view(const char*, size_t)
         const char* data()
         size_t size()
@@ -24,6 +25,8 @@ cdef extern from "rts/request.hpp" namespace "rts" nogil:
     cdef enum class Priority(uint8_t):
         pass
     cdef enum class FinishReason(uint8_t):
+        pass
+    cdef enum class PayloadKind(uint8_t):
         pass
     cdef enum class StreamError(uint8_t):
         kTimeout
@@ -88,6 +91,7 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         kTokens
         kEvents
         kJson
+        kWhole
     cdef cppclass StreamSpec:
         string request_id
         string model
@@ -96,6 +100,9 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         vector[string] stops
         SamplingParams sampling
         Priority priority
+        PayloadKind payload_kind
+        PayloadKind answer_kind
+        string payload
     cdef cppclass TokenView:
         string_view text
         int32_t token_id
@@ -115,6 +122,8 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         uint32_t drain(uint32_t, FrameBuffer&)
         optional[TokenView] next(uint32_t)
         void finish_json(uint32_t, FrameBuffer&)
+        string_view whole(uint32_t)
+        PayloadKind whole_kind(uint32_t)
         uint32_t buffered(uint32_t)
         StreamFormat format(uint32_t)
         void set_format(uint32_t, StreamFormat)
@@ -124,6 +133,7 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         vector[uint32_t] overdue()
         cbool ended(uint32_t)
         StreamError error(uint32_t)
+        string_view error_detail(uint32_t)
         FinishReason finish(uint32_t)
         uint32_t generated(uint32_t)
         const EndExtension& end(uint32_t)

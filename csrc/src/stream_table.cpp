@@ -35,6 +35,8 @@ std::optional<std::uint32_t> StreamTable::take_slot(StreamFormat format, std::in
   taken.format = format;
   taken.finish = FinishReason::kNone;
   taken.error = StreamError::kNone;
+  taken.answer_kind = PayloadKind::kNone;
+  taken.error_detail.clear();
   taken.last_read = false;
   taken.id = next_id_++;
   taken.timeout_ns = timeout_ns;
@@ -63,8 +65,8 @@ std::optional<std::uint32_t> StreamTable::submit(StreamSpec spec, std::int64_t t
   return slot;
 }
 
-bool StreamTable::queue(std::uint32_t slot, const Stream& stream) {
-  const StreamSpec& spec = stream.spec;
+bool StreamTable::queue(std::uint32_t slot, Stream& stream) {
+  StreamSpec& spec = stream.spec;
   SubmitHeader header;
   header.stream_id = stream.id;
   header.group_id = stream.id;
@@ -72,12 +74,24 @@ bool StreamTable::queue(std::uint32_t slot, const Stream& stream) {
   header.sampling = spec.sampling;
   header.slot = slot;
   header.priority = spec.priority;
+  SubmitContent content{.prompt = spec.prompt, .stops = spec.stops, .request_id = {}, .payload = {}};
+  if (spec.payload_kind != PayloadKind::kNone) {
+    header.payload_kind = spec.payload_kind;
+    header.answer_kind = spec.answer_kind;
+    // A batch is to be released before its first token would be too late.
+    if (stream.timeout_ns != 0) header.deadline_ns = header.arrival_ns + stream.timeout_ns;
+    content.request_id = spec.request_id;
+    content.payload = spec.payload;
+  }
 
+  const std::uint64_t bytes = submit_record_bytes(content);
+  if (bytes > channel_->config().lane_bytes) return false;
   SpscRing<>::Producer& lane = channel_->lanes().lane(spec.priority);
-  std::byte* const out = lane.claim(submit_record_bytes(spec.prompt, spec.stops));
+  std::byte* const out = lane.claim(static_cast<std::uint32_t>(bytes));
   if (out == nullptr) return false;
-  write_submit_record(header, spec.prompt, spec.stops, out);
+  write_submit_record(header, content, out);
   lane.publish();
+  spec.payload = {};
   return true;
 }
 
@@ -171,8 +185,14 @@ bool StreamTable::take(Stream& from, const TokenRecord& record) {
     from.last_read = true;
     from.finish = record.header.finish;
     from.error = record.header.error;
+    from.error_detail.assign(record.text.substr(0, kMaxErrorDetailBytes));
     from.end = record.end();
     return false;
+  }
+  if (record.is_payload()) {
+    from.last_progress_ns = now_ns_;
+    from.answer_kind = record.payload_kind();
+    return true;
   }
   if (!from.generated.empty()) {
     token_gaps_us_.add(static_cast<std::uint64_t>(std::max<std::int64_t>(now_ns_ - from.last_progress_ns, 0)) / 1000);
@@ -192,7 +212,9 @@ std::uint32_t StreamTable::drain(std::uint32_t slot, FrameBuffer& out) {
     const bool is_token = take(from, record);
     if (is_token) {
       const TokenHeader& header = record.header;
-      if (from.format == StreamFormat::kEvents) {
+      if (from.format == StreamFormat::kWhole) {
+        from.text.append(record.text);
+      } else if (from.format == StreamFormat::kEvents) {
         append_token_event(out, header.index, header.token_id, record.text, header.logprob);
       } else {
         append_token_object(from.json_tokens, header.token_id, record.text, header.logprob);

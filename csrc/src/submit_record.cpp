@@ -9,22 +9,32 @@ namespace {
 
 constexpr std::size_t kTailAlignment = 4;
 
-std::uint32_t tail_bytes(const std::vector<std::string>& stops) {
-  std::size_t bytes = 0;
-  for (const std::string& stop : stops) bytes += sizeof(TailHeader) + align_up(stop.size(), kTailAlignment);
-  return static_cast<std::uint32_t>(bytes);
+template <class Visit>
+void each_tail_entry(const SubmitContent& content, Visit&& visit) {
+  for (const std::string& stop : content.stops) visit(TailHeader::kStopString, std::string_view(stop));
+  if (!content.request_id.empty()) visit(TailHeader::kRequestId, content.request_id);
+  if (!content.payload.empty()) visit(TailHeader::kPayload, content.payload);
 }
 
-bool read_tail(std::span<const std::byte> tail, std::vector<std::string>& stops) {
+std::uint64_t tail_bytes(const SubmitContent& content) {
+  std::uint64_t bytes = 0;
+  each_tail_entry(content, [&](TailHeader::Type, std::string_view entry) {
+    bytes += sizeof(TailHeader) + align_up(entry.size(), kTailAlignment);
+  });
+  return bytes;
+}
+
+bool read_tail(std::span<const std::byte> tail, SubmitRecord& record) {
   while (tail.size() >= sizeof(TailHeader)) {
     TailHeader entry;
     std::memcpy(&entry, tail.data(), sizeof entry);
     tail = tail.subspan(sizeof entry);
-    const std::size_t padded = align_up(entry.bytes, kTailAlignment);
+    const std::uint64_t padded = align_up(std::uint64_t{entry.bytes}, kTailAlignment);
     if (padded > tail.size()) return false;
-    if (entry.type == TailHeader::kStopString) {
-      stops.emplace_back(reinterpret_cast<const char*>(tail.data()), entry.bytes);
-    }
+    const std::string_view bytes(reinterpret_cast<const char*>(tail.data()), entry.bytes);
+    if (entry.type == TailHeader::kStopString) record.stops.emplace_back(bytes);
+    if (entry.type == TailHeader::kRequestId) record.request_id = bytes;
+    if (entry.type == TailHeader::kPayload) record.payload = bytes;
     tail = tail.subspan(padded);
   }
   return true;
@@ -32,24 +42,23 @@ bool read_tail(std::span<const std::byte> tail, std::vector<std::string>& stops)
 
 }  // namespace
 
-std::uint32_t submit_record_bytes(std::span<const std::int32_t> prompt, const std::vector<std::string>& stops) {
-  return static_cast<std::uint32_t>(sizeof(SubmitHeader) + prompt.size_bytes()) + tail_bytes(stops);
+std::uint64_t submit_record_bytes(const SubmitContent& content) {
+  return sizeof(SubmitHeader) + content.prompt.size_bytes() + tail_bytes(content);
 }
 
-void write_submit_record(SubmitHeader header, std::span<const std::int32_t> prompt,
-                         const std::vector<std::string>& stops, std::byte* out) {
-  header.prompt_tokens = static_cast<std::uint32_t>(prompt.size());
-  header.tail_bytes = tail_bytes(stops);
+void write_submit_record(SubmitHeader header, const SubmitContent& content, std::byte* out) {
+  header.prompt_tokens = static_cast<std::uint32_t>(content.prompt.size());
+  header.tail_bytes = static_cast<std::uint32_t>(tail_bytes(content));
   std::memcpy(out, &header, sizeof header);
   out += sizeof header;
-  std::memcpy(out, prompt.data(), prompt.size_bytes());
-  out += prompt.size_bytes();
-  for (const std::string& stop : stops) {
-    const TailHeader tail{TailHeader::kStopString, static_cast<std::uint16_t>(stop.size())};
+  std::memcpy(out, content.prompt.data(), content.prompt.size_bytes());
+  out += content.prompt.size_bytes();
+  each_tail_entry(content, [&](TailHeader::Type type, std::string_view entry) {
+    const TailHeader tail{type, 0, static_cast<std::uint32_t>(entry.size())};
     std::memcpy(out, &tail, sizeof tail);
-    std::memcpy(out + sizeof tail, stop.data(), stop.size());
-    out += sizeof tail + align_up(stop.size(), kTailAlignment);
-  }
+    std::memcpy(out + sizeof tail, entry.data(), entry.size());
+    out += sizeof tail + align_up(entry.size(), kTailAlignment);
+  });
 }
 
 SubmitRecord::SubmitRecord(std::span<const std::byte> record) {
@@ -60,7 +69,7 @@ SubmitRecord::SubmitRecord(std::span<const std::byte> record) {
   const std::uint64_t id_bytes = (std::uint64_t{header.prompt_tokens} + header.generated_tokens) * sizeof(std::int32_t);
   if (body.size() < id_bytes + header.tail_bytes) return;
   ids = body.first(id_bytes);
-  valid = read_tail(body.subspan(id_bytes, header.tail_bytes), stops);
+  valid = read_tail(body.subspan(id_bytes, header.tail_bytes), *this);
 }
 
 }  // namespace rts

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import os
 import signal
 import subprocess
 import sys
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
 
 from realtime_serve._core import Channel
 from realtime_serve.engine.control import ControlSocket, encode
-from realtime_serve.engine.launch import LoadSpec, load_runner
-from realtime_serve.engine.step_loop import StepLoop
-from realtime_serve.engine.worker import describe
+from realtime_serve.engine.launch import LoadSpec, WorkerLoop, load_worker
+from realtime_serve.engine.worker import describe, ready_report
 from realtime_serve.errors import ModelLoadError
 
 log = logging.getLogger(__name__)
 
 Report = dict[str, Any]
 
+# What a thread gets for its end when the interpreter exits.
+_EXIT_GRACE_S = 2.0
+
 
 class WorkerHandle(Protocol):
-    """Reports `ready`, `failed` and `exited`, in the event loop's thread, by the callback given to `start`."""
+    """Reports `ready`, `failed`, `health` and `exited`, in the event loop's thread, by the callback of `start`."""
 
     shared_memory: bool
     """Whether the channel must lie in memory that another process can map."""
@@ -35,6 +39,7 @@ class WorkerHandle(Protocol):
         """Raises OSError where there is no room for one more, ModelLoadError where the spec cannot be handed over."""
 
     def attach(self, channel: Channel) -> None: ...
+    def check_health(self) -> None: ...
     def request_stop(self) -> None: ...
     def kill(self) -> None: ...
 
@@ -74,6 +79,9 @@ class ProcessWorker:
     def attach(self, channel: Channel) -> None:
         self._send(encode({"op": "attach", "channel": channel.generation}), channel.fds())
 
+    def check_health(self) -> None:
+        self._send(encode({"op": "check_health"}))
+
     def request_stop(self) -> None:
         self._send(encode({"op": "stop"}))
 
@@ -111,6 +119,9 @@ class ProcessWorker:
             return
 
 
+_thread_workers: weakref.WeakSet[ThreadWorker] = weakref.WeakSet()
+
+
 class ThreadWorker:
     """The same loop in a thread, over a channel in private memory."""
 
@@ -118,42 +129,52 @@ class ThreadWorker:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._step_loop: StepLoop | None = None
+        self._worker_loop: WorkerLoop | None = None
+        self._thread: threading.Thread | None = None
         self._stopped = False
 
     def start(self, spec: LoadSpec, report: Callable[[Report], None]) -> None:
         self._report = report
-        threading.Thread(target=self._run, args=(spec,), name=f"worker {spec.model.name}", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, args=(spec,), name=f"worker {spec.model.name}", daemon=True)
+        self._thread.start()
+        _thread_workers.add(self)
 
     def attach(self, channel: Channel) -> None:
-        assert self._step_loop is not None, "attached before ready"
-        self._step_loop.attach(channel)
+        assert self._worker_loop is not None, "attached before ready"
+        self._worker_loop.attach(channel)
+
+    def check_health(self) -> None:
+        if self._worker_loop is not None:
+            self._worker_loop.check_health(lambda is_well: self._tell({"op": "health", "is_well": is_well}))
 
     def request_stop(self) -> None:
         self._stopped = True
-        if self._step_loop is not None:
-            self._step_loop.stop()
+        if self._worker_loop is not None:
+            self._worker_loop.stop()
 
     def kill(self) -> None:
-        """A thread cannot be killed: it ends at its next step boundary."""
+        """A thread cannot be killed: it ends at its next step boundary, or when a call of its model returns."""
         self.request_stop()
+
+    def join(self, timeout_s: float) -> None:
+        """Waits until the thread has ended."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
 
     def _run(self, spec: LoadSpec) -> None:
         try:
-            runner = load_runner(spec)
-            step_loop = StepLoop(runner, spec.limits)
+            loop = load_worker(spec)
         except BaseException as error:  # a loader that calls sys.exit() must not leave its supervisor waiting
             self._tell({"op": "failed", "message": describe(error)})
             self._tell({"op": "exited", "status": 1})
             return
-        self._step_loop = step_loop
+        self._worker_loop = loop
         if self._stopped:
-            step_loop.stop()
-        self._tell({"op": "ready", "max_context": runner.max_context})
+            loop.stop()
+        self._tell(ready_report(loop))
         status = 0
         try:
-            step_loop.run()
-            runner.close()
+            loop.run()
         except BaseException as error:
             log.debug("the worker ended", exc_info=True)
             status = 1
@@ -165,6 +186,16 @@ class ThreadWorker:
             self._loop.call_soon_threadsafe(self._report, message)
         except RuntimeError:
             return  # the event loop is closed: nobody is left to be told
+
+
+@atexit.register
+def _end_threads() -> None:
+    """A thread that comes back from C++ into an interpreter that is gone would abort the process."""
+    workers = list(_thread_workers)
+    for worker in workers:
+        worker.request_stop()
+    for worker in workers:
+        worker.join(_EXIT_GRACE_S)
 
 
 def _spawn(control_fd: int) -> tuple[subprocess.Popen[bytes], int]:
@@ -196,5 +227,6 @@ def _signals_held_back() -> Iterator[None]:
 
 
 def _child_environment() -> dict[str, str]:
-    """The parent's import path, so that a worker finds what its parent does."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    """The parent's import path, so that a worker finds what its parent does; the empty entry of an interactive parent
+    is the working directory."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)}

@@ -31,7 +31,10 @@ class StepLoop:
     step boundary, and wake the loop where it sleeps.
     """
 
+    kind = "tokens"
+
     def __init__(self, runner: Runner, limits: EngineLimits) -> None:
+        self.max_context = runner.max_context
         self._runner = runner
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
@@ -58,6 +61,18 @@ class StepLoop:
     def detach(self, channel: Channel) -> None:
         self._command(lambda: self._core.detach(channel))
 
+    def check_health(self, tell: Callable[[bool], None]) -> None:
+        """Calls `tell`, in the loop's thread, with whether the model says that it is well; one that says nothing is."""
+        self._command(lambda: tell(self._is_well()))
+
+    def _is_well(self) -> bool:
+        health_check = getattr(self._runner, "health_check", None)
+        try:
+            return health_check is None or health_check() is not False
+        except Exception:
+            log.exception("the model's health_check raised")
+            return False
+
     def stop(self) -> None:
         self._command(self._stop)
 
@@ -76,6 +91,7 @@ class StepLoop:
             while not self._commands.empty():
                 self._commands.get()()
         core.close()
+        self._runner.close()
 
     def _step(self) -> bool:
         """Runs one step; False where nothing was to be done."""

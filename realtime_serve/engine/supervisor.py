@@ -19,12 +19,14 @@ log = logging.getLogger(__name__)
 _STABLE_AFTER_S = 30.0
 _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STOP_GRACE_S = 5.0
+# What a model's health_check may take.
+_HEALTH_WITHIN_S = 5.0
 
 
 class OpenChannel(Protocol):
     """Makes the channel of a worker's next incarnation."""
 
-    def __call__(self, generation: int, *, shared: bool) -> ChannelClient: ...
+    def __call__(self, generation: int, *, shared: bool, carries_payloads: bool) -> ChannelClient: ...
 
 
 class WorkerState(Enum):
@@ -45,6 +47,8 @@ class Supervisor:
     def __init__(self, spec: LoadSpec, open_channel: OpenChannel, *, isolation: str) -> None:
         self.spec = spec
         self.state = WorkerState.STOPPED
+        self.kind = "tokens"
+        """What requests the model takes: tokens, generate or predict; known once it is ready."""
         self.max_context = spec.model.max_seq_length
         self.restarts = 0
         self._open_channel = open_channel
@@ -53,23 +57,33 @@ class Supervisor:
         self._client: ChannelClient | None = None
         self._generation = 0
         self._failure = ""
+        self._spawned_at = 0.0
         self._ready_at = 0.0
+        self._load_s = 0.0  # how long the last load took
         self._early_deaths = 0
         self._steps_seen = 0
         self._steps_seen_at = 0.0
         self._changed = asyncio.Event()
+        self._health: asyncio.Future[bool] | None = None  # that somebody waits for
         self._restart: asyncio.TimerHandle | None = None
 
     @property
     def client(self) -> ChannelClient:
         """Raises ModelUnavailableError while there is no worker that could serve."""
         if self._client is None:
-            retry_after = _BACKOFF_S[min(self._early_deaths, len(_BACKOFF_S) - 1)] + 1.0
             raise ModelUnavailableError(
                 f"model {self.spec.model.name!r} has no worker at the moment: it is {self.state.value}",
-                retry_after=retry_after,
+                retry_after=self.ready_in(),
             )
         return self._client
+
+    def ready_in(self) -> float:
+        """Seconds until it serves, if nothing fails: the rest of the pause before the next start and of a load as
+        long as the last one."""
+        now = asyncio.get_running_loop().time()
+        if self._restart is not None:
+            return max(0.0, self._restart.when() - now) + self._load_s
+        return max(0.0, self._spawned_at + self._load_s - now)
 
     @property
     def is_ready(self) -> bool:
@@ -107,6 +121,18 @@ class Supervisor:
         if self.state is not WorkerState.READY:
             raise ModelLoadError(self._failure or "the worker was stopped while it was loading")
 
+    async def is_well(self) -> bool:
+        """Whether the worker is ready and its model says that it is well; False where it does not say so in time."""
+        if not self.is_ready or self._worker is None:
+            return False
+        if self._health is None:
+            self._health = asyncio.get_running_loop().create_future()
+            self._worker.check_health()
+        try:
+            return await asyncio.wait_for(asyncio.shield(self._health), _HEALTH_WITHIN_S)
+        except TimeoutError:
+            return False
+
     async def stop(self) -> None:
         """Ends the worker: asked first, killed where it does not answer. Open streams end as cancelled."""
         if self._restart is not None:
@@ -137,6 +163,7 @@ class Supervisor:
     def _spawn(self) -> None:
         self._restart = None
         self._generation += 1
+        self._spawned_at = asyncio.get_running_loop().time()
         self._worker = self._new_worker()
         try:
             self._worker.start(self.spec, self._on_report)
@@ -150,26 +177,38 @@ class Supervisor:
                 self._on_worker_ready(report)
             case "failed":
                 self._failure = report["message"]
+            case "health":
+                self._tell_health(report["is_well"])
             case "exited":
                 self._on_worker_exit(report["status"])
+
+    def _tell_health(self, is_well: bool) -> None:
+        if self._health is not None and not self._health.done():
+            self._health.set_result(is_well)
+        self._health = None
 
     def _on_worker_ready(self, report: Report) -> None:
         worker = self._worker
         if worker is None or self.state is WorkerState.STOPPED:
             return
-        self.max_context = report["max_context"]
+        self.kind, self.max_context = report["kind"], report["max_context"]
         try:
-            self._client = self._open_channel(self._generation, shared=worker.shared_memory)
+            self._client = self._open_channel(
+                self._generation, shared=worker.shared_memory, carries_payloads=self.kind != "tokens"
+            )
         except (OSError, RuntimeError) as error:  # no descriptors or memory left
             self._failure = f"its channel could not be made: {error}"
             worker.kill()
             return
         worker.attach(self._client.channel)
         self._ready_at = asyncio.get_running_loop().time()
+        self._load_s = self._ready_at - self._spawned_at
+        self._load_s = self._ready_at - self._spawned_at
         self._set_state(WorkerState.READY)
 
     def _on_worker_exit(self, status: int) -> None:
         self._worker = None
+        self._tell_health(False)
         client, self._client = self._client, None
         if client is not None:
             client.worker_died()

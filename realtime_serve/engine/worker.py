@@ -11,11 +11,11 @@ import signal
 import socket
 import sys
 import threading
+from typing import Any
 
 from realtime_serve._core import Channel
 from realtime_serve.engine.control import ControlSocket
-from realtime_serve.engine.launch import LoadSpec, load_runner
-from realtime_serve.engine.step_loop import StepLoop
+from realtime_serve.engine.launch import LoadSpec, WorkerLoop, load_worker
 from realtime_serve.errors import ServeError
 
 log = logging.getLogger(__name__)
@@ -39,21 +39,22 @@ def serve(control: ControlSocket) -> int:
     message, _ = control.receive()
     if message is None:
         return 0
-    spec = LoadSpec.from_message(message)
-    logging.basicConfig(level=spec.log_level, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=message["log_level"], format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     try:
-        runner = load_runner(spec)
-        loop = StepLoop(runner, spec.limits)
-    except Exception as error:
+        loop = load_worker(LoadSpec.from_message(message))
+    except BaseException as error:  # a loader that calls sys.exit() has a reason to tell as well
         if not isinstance(error, ServeError):
             log.debug("the model did not load", exc_info=True)
         control.send({"op": "failed", "message": describe(error)})
         return 1
     threading.Thread(target=_listen, args=(control, loop), name="control", daemon=True).start()
-    control.send({"op": "ready", "max_context": runner.max_context})
+    control.send(ready_report(loop))
     loop.run()
-    runner.close()
     return 0
+
+
+def ready_report(loop: WorkerLoop) -> dict[str, Any]:
+    return {"op": "ready", "kind": loop.kind, "max_context": loop.max_context}
 
 
 def describe(error: BaseException) -> str:
@@ -62,8 +63,8 @@ def describe(error: BaseException) -> str:
     return text if isinstance(error, ServeError) else f"{type(error).__name__}: {text}"
 
 
-def _listen(control: ControlSocket, loop: StepLoop) -> None:
-    """Turns control messages into commands of the step loop, until the supervisor is gone."""
+def _listen(control: ControlSocket, loop: WorkerLoop) -> None:
+    """Turns control messages into commands of the worker's loop, until the supervisor is gone."""
     channels: dict[int, Channel] = {}
     try:
         while True:
@@ -75,6 +76,8 @@ def _listen(control: ControlSocket, loop: StepLoop) -> None:
                 loop.attach(channel)
             elif message["op"] == "detach":
                 loop.detach(channels.pop(message["channel"]))
+            elif message["op"] == "check_health":
+                loop.check_health(lambda is_well: control.send({"op": "health", "is_well": is_well}))
     finally:
         loop.stop()  # also where a message cannot be followed: a worker without its channel serves nobody
 

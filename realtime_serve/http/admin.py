@@ -8,6 +8,7 @@ from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from realtime_serve._version import __version__
+from realtime_serve.http.responses import retry_headers
 from realtime_serve.service import InferenceService
 
 
@@ -18,13 +19,18 @@ class AdminHandlers:
     async def health(self, request: web.Request) -> web.Response:
         """Liveness: 200 while steps make progress; 503 where a model has work and has made no step for too long."""
         stalled = self._service.stalled_models()
-        status = "stalled" if stalled else "ok"
-        return web.json_response({"status": status, "stalled": stalled}, status=503 if stalled else 200)
+        if not stalled:
+            return web.json_response({"status": "ok", "stalled": []})
+        # The step that is awaited may end at any moment.
+        return web.json_response({"status": "stalled", "stalled": stalled}, status=503, headers=retry_headers(1.0))
 
     async def ready(self, request: web.Request) -> web.Response:
         """Readiness: 200 while every model can serve and no shutdown has begun."""
         waiting = self._service.not_ready()
-        return web.json_response({"ready": not waiting, "waiting_for": waiting}, status=503 if waiting else 200)
+        body = {"ready": not waiting, "waiting_for": waiting}
+        if not waiting:
+            return web.json_response(body)
+        return web.json_response(body, status=503, headers=retry_headers(self._service.ready_after()))
 
     async def models(self, request: web.Request) -> web.Response:
         return web.json_response({"models": self._models()})
@@ -55,6 +61,7 @@ class AdminHandlers:
                 "version": model.version,
                 "active": registry.active_version(model.name) == model.version,
                 "state": model.worker.state.value,
+                "kind": model.kind,
                 "device": model.config.device,
                 "max_context": model.max_context,
                 "inference_count": model.inference_count,

@@ -11,6 +11,7 @@ from aiohttp import web
 from realtime_serve.errors import ServeError
 from realtime_serve.http.admin import AdminHandlers
 from realtime_serve.http.infer import InferHandlers
+from realtime_serve.http.predict import PredictHandlers
 from realtime_serve.http.responses import error_body, error_response
 from realtime_serve.service import InferenceService
 
@@ -21,9 +22,10 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 def build_app(service: InferenceService) -> web.Application:
     app = web.Application(middlewares=[error_objects], client_max_size=service.config.max_body_bytes)
-    infer, admin = InferHandlers(service), AdminHandlers(service)
+    infer, predict, admin = InferHandlers(service), PredictHandlers(service), AdminHandlers(service)
     app.router.add_post("/infer", infer.infer)
     app.router.add_post("/infer_stream", infer.infer_stream)
+    app.router.add_post("/predict", predict.predict)
     app.router.add_get("/health", admin.health)
     app.router.add_get("/ready", admin.ready)
     app.router.add_get("/models", admin.models)

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import asyncio
 import uuid
 
 from aiohttp import web
 
 from realtime_serve._pump import Stream
-from realtime_serve.errors import RequestTimeoutError, ServeError
+from realtime_serve.errors import ServeError
+from realtime_serve.http.body import read_body
 from realtime_serve.http.responses import EventStreamResponse
 from realtime_serve.http.validation import parse_infer
 from realtime_serve.service import InferenceService
-
-# A sender that needs longer than this for its body is cut.
-_BODY_TIMEOUT_S = 30.0
 
 
 class InferHandlers:
@@ -30,7 +27,9 @@ class InferHandlers:
 
     async def _answer(self, request: web.Request, *, streams: bool | None) -> web.StreamResponse:
         request_id = uuid.uuid4().hex
-        parsed = parse_infer(await _read_body(request), request_id=request_id, defaults=self._service.config)
+        with self._service.metrics.counts_refusals():
+            body = await read_body(request)
+            parsed = parse_infer(body, request_id=request_id, defaults=self._service.config)
         if streams is None:
             streams = parsed.stream
         if streams is None:
@@ -68,11 +67,3 @@ class _JsonAnswer:
         body = await stream.json()
         if not stream.error:
             self.response = web.Response(body=body, content_type="application/json", headers=self._headers)
-
-
-async def _read_body(request: web.Request) -> bytes:
-    try:
-        async with asyncio.timeout(_BODY_TIMEOUT_S):
-            return await request.read()
-    except TimeoutError:
-        raise RequestTimeoutError(f"the body did not arrive within {_BODY_TIMEOUT_S:.0f} seconds") from None

@@ -9,7 +9,7 @@ from aiohttp import HttpVersion11, web
 from aiohttp.abc import AbstractStreamWriter
 
 from realtime_serve._pump import Stream
-from realtime_serve.errors import ServeError, stream_error
+from realtime_serve.errors import ServeError, ShuttingDownError, stream_error
 
 
 def error_body(message: str, status: int) -> dict[str, Any]:
@@ -27,11 +27,15 @@ _STATUS_TYPES = {
 
 
 def error_response(error: ServeError) -> web.Response:
-    headers = {}
-    retry_after = getattr(error, "retry_after", None)
-    if retry_after is not None:
-        headers["Retry-After"] = str(max(1, math.ceil(retry_after)))
-    return web.json_response(error.to_dict(), status=error.status, headers=headers)
+    response = web.json_response(error.to_dict(), status=error.status, headers=retry_headers(error.retry_after))
+    if isinstance(error, ShuttingDownError):
+        response.force_close()  # the next request had better find another server
+    return response
+
+
+def retry_headers(seconds: float | None) -> dict[str, str]:
+    """Retry-After in whole seconds; nothing where it is not known."""
+    return {} if seconds is None else {"Retry-After": str(max(1, math.ceil(seconds)))}
 
 
 class EventStreamResponse(web.StreamResponse):
@@ -55,7 +59,7 @@ class EventStreamResponse(web.StreamResponse):
             raise ConnectionResetError("the client left before its stream began")
         await self._stream.write_to(transport, self._head(), self._is_chunked)
         if self._stream.error and not self._stream.started:
-            raise stream_error(self._stream.error)
+            raise stream_error(self._stream.error, self._stream.error_detail)
 
     def _head(self) -> bytes:
         framing = "Transfer-Encoding: chunked\r\n" if self._is_chunked else ""

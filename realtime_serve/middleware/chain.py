@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterable
 
-from realtime_serve.types import InferenceRequest, Outcome
+from realtime_serve.types import Outcome, Request
 
-Handler = Callable[[InferenceRequest], Awaitable[Outcome]]
+Handler = Callable[[Request], Awaitable[Outcome]]
 """Serves a request to its end: when it returns, the last token has been handed to the reader."""
 
-Middleware = Callable[[InferenceRequest, Handler], Awaitable[Outcome]]
+Middleware = Callable[[Request, Handler], Awaitable[Outcome]]
 """`async def (request, next)`: awaits `next(request)`, or raises a ServeError, which becomes the answer.
 
-It may pass on a changed copy of the request (`dataclasses.replace`), and sees how it ended: the Outcome that `next`
-returns, the ServeError that it raises, or asyncio.CancelledError where the client left.
+The request is an InferenceRequest or a PredictRequest. It may pass on a changed copy of it (`dataclasses.replace`), and
+sees how it ended: the Outcome that `next` returns, the ServeError that it raises, or asyncio.CancelledError where the
+client left.
 """
 
 
@@ -27,7 +28,7 @@ class MiddlewareChain:
         """Appends one, inside those that are there; it takes part from the next request on."""
         self._middleware.append(middleware)
 
-    async def run(self, request: InferenceRequest, handler: Handler) -> Outcome:
+    async def run(self, request: Request, handler: Handler) -> Outcome:
         for middleware in reversed(self._middleware):
             handler = _around(middleware, handler)
         return await handler(request)

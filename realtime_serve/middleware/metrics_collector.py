@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ from prometheus_client.registry import Collector
 
 from realtime_serve.errors import ServeError
 from realtime_serve.middleware.chain import Handler
-from realtime_serve.types import InferenceRequest, Outcome
+from realtime_serve.types import Outcome, Request
 
 # Seconds: from a null model's token to a long answer.
 _BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -76,6 +77,9 @@ class MetricsCollector:
         self.requests = Counter(
             "rts_requests", "Requests by how they ended.", ("model", "outcome"), registry=self._registry
         )
+        self.refused_connections = Counter(
+            "rts_refused_connections", "Connections refused as one too many.", registry=self._registry
+        )
         self.prompt_tokens = Counter(
             "rts_prompt_tokens", "Tokens of answered prompts.", ("model",), registry=self._registry
         )
@@ -87,7 +91,7 @@ class MetricsCollector:
     def _histogram(self, name: str, help: str) -> Histogram:
         return Histogram(name, help, ("model",), buckets=_BUCKETS, registry=self._registry)
 
-    async def __call__(self, request: InferenceRequest, next: Handler) -> Outcome:
+    async def __call__(self, request: Request, next: Handler) -> Outcome:
         started = self._clock()
         try:
             outcome = await next(request)
@@ -115,6 +119,15 @@ class MetricsCollector:
     async def record_request(self, model: str, latency_ms: float, tokens: int = 0, error: str | None = None) -> None:
         """Counts a request that did not pass the chain. `model` and `error` become labels: keep their number small."""
         self._record(model, latency_ms, tokens, error or "ok", is_error=error is not None)
+
+    @contextmanager
+    def counts_refusals(self) -> Iterator[None]:
+        """Around the reading of a request: one that cannot be read never gets to the chain, and has no model."""
+        try:
+            yield
+        except ServeError as error:
+            self.requests.labels("", error.label).inc()
+            raise
 
     async def get_metrics(self, model: str) -> dict[str, Any]:
         """Zeros for a model that had no request. Latencies in milliseconds."""
@@ -161,7 +174,7 @@ class MetricsCollector:
         labelled.tokens.inc(tokens)
         labelled.latency.observe(latency_ms / 1e3)
 
-    def _label(self, request: InferenceRequest) -> str:
+    def _label(self, request: Request) -> str:
         return request.model if request.model is not None and self._is_served(request.model) else ""
 
     def _new_window(self) -> _Window:

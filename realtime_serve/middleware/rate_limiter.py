@@ -8,7 +8,7 @@ from collections.abc import Callable
 
 from realtime_serve.errors import RateLimitedError
 from realtime_serve.middleware.chain import Handler
-from realtime_serve.types import InferenceRequest, Outcome
+from realtime_serve.types import Outcome, Request
 
 # A bucket takes about 200 bytes.
 _MAX_CLIENTS = 100_000
@@ -52,7 +52,7 @@ class RateLimiter:
         # By client, the one that asked longest ago first: the tokens it had left, and when.
         self._buckets: OrderedDict[str, tuple[float, float]] = OrderedDict()
 
-    async def __call__(self, request: InferenceRequest, next: Handler) -> Outcome:
+    async def __call__(self, request: Request, next: Handler) -> Outcome:
         if not self._take(request.client_id):
             wait = self.retry_after(request.client_id)
             raise RateLimitedError(

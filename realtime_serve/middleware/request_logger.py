@@ -10,7 +10,7 @@ from typing import Any
 
 from realtime_serve.errors import ServeError
 from realtime_serve.middleware.chain import Handler
-from realtime_serve.types import InferenceRequest, Outcome
+from realtime_serve.types import Outcome, PredictRequest, Request
 
 LOGGER = "realtime_serve.requests"
 # Of what a client sent: a line stays a line, however long an id is.
@@ -31,7 +31,7 @@ class RequestLogger:
         self._log = logging.getLogger(LOGGER)
         self._level = level
 
-    async def __call__(self, request: InferenceRequest, next: Handler) -> Outcome:
+    async def __call__(self, request: Request, next: Handler) -> Outcome:
         self.log_request(request)
         started = time.perf_counter()
         try:
@@ -51,13 +51,18 @@ class RequestLogger:
         self.log_completion(request, latency_ms=_ms_since(started), outcome=outcome)
         return outcome
 
-    def log_request(self, request: InferenceRequest) -> None:
+    def log_request(self, request: Request) -> None:
         if self._shows(logging.DEBUG):
-            self._write(logging.DEBUG, "request_received", request, max_tokens=request.max_tokens)
+            asked = (
+                {"inputs": len(request.inputs)}
+                if isinstance(request, PredictRequest)
+                else {"max_tokens": request.max_tokens}
+            )
+            self._write(logging.DEBUG, "request_received", request, **asked)
 
     def log_completion(
         self,
-        request: InferenceRequest,
+        request: Request,
         *,
         latency_ms: float,
         outcome: Outcome | None = None,
@@ -86,7 +91,7 @@ class RequestLogger:
     def _shows(self, level: int) -> bool:
         return level >= self._level and self._log.isEnabledFor(level)
 
-    def _write(self, level: int, event: str, request: InferenceRequest, **details: Any) -> None:
+    def _write(self, level: int, event: str, request: Request, **details: Any) -> None:
         line = {
             "event": event,
             "time": round(time.time(), 3),

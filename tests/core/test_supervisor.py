@@ -44,7 +44,7 @@ class Watched:
             isolation=isolation,
         )
 
-    def _open_channel(self, generation: int, *, shared: bool) -> object:
+    def _open_channel(self, generation: int, *, shared: bool, carries_payloads: bool) -> object:
         self.generations.append(generation)
         return self.streams.open_channel(generation, shared=shared)
 
@@ -208,7 +208,7 @@ async def test_a_loop_that_fails_is_a_death(isolation: str, monkeypatch: pytest.
         def fail() -> None:
             raise SystemExit(3)
 
-        watched.supervisor.worker._step_loop._command(fail)
+        watched.supervisor.worker._worker_loop._command(fail)
     else:
         os.kill(watched.pid, signal.SIGKILL)
     with pytest.raises(WorkerDiedError):
@@ -232,7 +232,7 @@ async def test_a_loader_that_exits_does_not_keep_its_supervisor_waiting(monkeypa
     def load(spec: LoadSpec) -> None:
         sys.exit(7)
 
-    monkeypatch.setattr(handles, "load_runner", load)
+    monkeypatch.setattr(launch, "load_runner", load)
     with pytest.raises(ModelLoadError, match="SystemExit: 7"):
         await Watched("thread").ready()
 
@@ -304,7 +304,7 @@ async def test_a_worker_that_cannot_be_restarted_is_tried_again(monkeypatch: pyt
 async def test_a_channel_that_cannot_be_made_fails_the_load() -> None:
     watched = Watched("process")
 
-    def refuse(generation: int, *, shared: bool) -> object:
+    def refuse(generation: int, *, shared: bool, carries_payloads: bool) -> object:
         raise OSError(errno.EMFILE, "too many open files")
 
     watched.supervisor._open_channel = refuse
@@ -322,7 +322,7 @@ async def test_stop_while_loading(isolation: str, monkeypatch: pytest.MonkeyPatc
         assert release.wait(DEADLINE_S)
         return load_runner(spec)
 
-    monkeypatch.setattr(handles, "load_runner", load)
+    monkeypatch.setattr(launch, "load_runner", load)
     watched = Watched(isolation)
     watched.supervisor.start()
     waiting = asyncio.ensure_future(watched.supervisor.wait_ready())

@@ -654,7 +654,7 @@ class SubmitRecordTest : public EngineCoreTest {
     return record;
   }
   static void add_stop(Record& record, const std::string& stop) {
-    const TailHeader header{TailHeader::kStopString, static_cast<std::uint16_t>(stop.size())};
+    const TailHeader header{TailHeader::kStopString, 0, static_cast<std::uint32_t>(stop.size())};
     const std::span<const std::byte> bytes = std::as_bytes(std::span(&header, 1));
     record.tail.insert(record.tail.end(), bytes.begin(), bytes.end());
     for (const char letter : stop) record.tail.push_back(static_cast<std::byte>(letter));

@@ -82,7 +82,7 @@ TEST_F(StreamTableTest, SubmitWritesTheRequestsRecord) {
 
   const std::span<const std::byte> record = channel_->lanes().reader(Priority::kHigh).front();
   SubmitHeader header;
-  ASSERT_EQ(record.size(), sizeof header + 3 * 4 + (4 + 4) + (4 + 4));
+  ASSERT_EQ(record.size(), sizeof header + 3 * 4 + (8 + 4) + (8 + 4));
   std::memcpy(&header, record.data(), sizeof header);
   EXPECT_EQ(header.slot, 1U);
   EXPECT_EQ(header.stream_id, 2U);
@@ -91,7 +91,7 @@ TEST_F(StreamTableTest, SubmitWritesTheRequestsRecord) {
   EXPECT_EQ(header.arrival_ns, clock_.now_ns());
   EXPECT_EQ(header.prompt_tokens, 3U);
   EXPECT_EQ(header.generated_tokens, 0U);
-  EXPECT_EQ(header.tail_bytes, 16U);
+  EXPECT_EQ(header.tail_bytes, 24U);
   EXPECT_EQ(header.priority, Priority::kHigh);
   EXPECT_EQ(header.sampling.seed, 42U);
   EXPECT_EQ(header.sampling.max_tokens, 9);
@@ -103,11 +103,11 @@ TEST_F(StreamTableTest, SubmitWritesTheRequestsRecord) {
   TailHeader entry;
   std::memcpy(&entry, tail, sizeof entry);
   EXPECT_EQ(entry.type, TailHeader::kStopString);
-  EXPECT_EQ(entry.bytes, 1);
-  EXPECT_EQ(tail[4], 'a');
-  std::memcpy(&entry, tail + 8, sizeof entry);
-  EXPECT_EQ(entry.bytes, 4);
-  EXPECT_EQ(std::string(tail + 12, 4), "stop");
+  EXPECT_EQ(entry.bytes, 1U);
+  EXPECT_EQ(tail[8], 'a');
+  std::memcpy(&entry, tail + 12, sizeof entry);
+  EXPECT_EQ(entry.bytes, 4U);
+  EXPECT_EQ(std::string(tail + 20, 4), "stop");
 }
 
 TEST_F(StreamTableTest, RefusesWhereNoSlotIsFree) {

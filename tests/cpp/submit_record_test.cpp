@@ -14,9 +14,12 @@ namespace {
 const std::vector<std::int32_t> kPrompt{7, 8, 9};
 const std::vector<std::string> kStops{"a", "four", "\xC3\xA9nd of it"};
 
+const std::string kPayload("any\0bytes", 9);
+
 std::vector<std::byte> written(const SubmitHeader& header = {}) {
-  std::vector<std::byte> bytes(submit_record_bytes(kPrompt, kStops));
-  write_submit_record(header, kPrompt, kStops, bytes.data());
+  const SubmitContent content{.prompt = kPrompt, .stops = kStops, .request_id = "req-1", .payload = kPayload};
+  std::vector<std::byte> bytes(submit_record_bytes(content));
+  write_submit_record(header, content, bytes.data());
   return bytes;
 }
 
@@ -41,6 +44,19 @@ TEST(SubmitRecord, ReadsBackWhatWasWritten) {
   ASSERT_EQ(record.ids.size(), 3 * sizeof(std::int32_t));
   EXPECT_EQ(std::memcmp(record.ids.data(), kPrompt.data(), record.ids.size()), 0);
   EXPECT_EQ(record.stops, kStops);
+  EXPECT_EQ(record.request_id, "req-1");
+  EXPECT_EQ(record.payload, kPayload);
+}
+
+TEST(SubmitRecord, APayloadMayBeLong) {
+  const std::string payload(200'000, 'x');
+  const SubmitContent content{.prompt = {}, .stops = {}, .request_id = {}, .payload = payload};
+  std::vector<std::byte> bytes(submit_record_bytes(content));
+  write_submit_record({}, content, bytes.data());
+  const SubmitRecord record(bytes);
+  ASSERT_TRUE(record.valid);
+  EXPECT_EQ(record.payload, payload);
+  EXPECT_TRUE(record.request_id.empty());
 }
 
 TEST(SubmitRecord, WithoutItsWholeHeaderItIsNothing) {
@@ -79,7 +95,7 @@ TEST(SubmitRecord, SizesThatLieAreNotBelieved) {
 
 TEST(SubmitRecord, UnknownTailEntriesAreSkipped) {
   std::vector<std::byte> bytes = written();
-  const TailHeader unknown{77, 1};
+  const TailHeader unknown{77, 0, 1};
   const std::size_t first = sizeof(SubmitHeader) + kPrompt.size() * sizeof(std::int32_t);
   std::memcpy(bytes.data() + first, &unknown, sizeof unknown);
   const SubmitRecord record(bytes);
@@ -99,6 +115,7 @@ TEST(SubmitRecord, ReadsNothingOutsideBrokenBytes) {
     }
     const SubmitRecord record(bytes);
     EXPECT_LE(record.ids.size(), bytes.size());
+    EXPECT_LE(record.payload.size(), bytes.size());
   }
 }
 

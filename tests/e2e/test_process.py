@@ -7,6 +7,8 @@ import json
 import os
 import select
 import signal
+import socket
+import urllib.request
 
 import pytest
 from program import infer, serve
@@ -35,6 +37,8 @@ class Streaming:
 def test_a_signal_lets_streams_finish(number: signal.Signals, isolation: str) -> None:
     with serve("null", "--model-option", "step_ms=1", "--isolation", isolation) as server:
         streams = [Streaming(server.port(), 300) for _ in range(3)]
+        children = [os.pidfd_open(child) for child in _children(server.process.pid)]
+        assert len(children) == (isolation == "process")
         # As a terminal's Ctrl-C or a service manager does it: the workers get it too.
         os.killpg(server.process.pid, number)
         for stream in streams:
@@ -43,6 +47,9 @@ def test_a_signal_lets_streams_finish(number: signal.Signals, isolation: str) ->
         status, out = server.end()
         assert (status, out) == (0, "")
         assert "Traceback" not in server.errors
+        for child in children:
+            assert select.select([child], [], [], 0)[0], "a worker outlived its server"
+            os.close(child)
 
 
 def test_a_second_signal_ends_it_now() -> None:
@@ -68,17 +75,56 @@ def _wait_for_drain(port: int) -> None:
             connection.request("POST", "/infer", json.dumps({"prompt": "x"}))
             refused = connection.getresponse()
             assert (refused.status, json.load(refused)["error"]["code"]) == (503, "shutting_down")
+            assert int(refused.headers["Retry-After"]) >= 1
+            assert refused.headers["Connection"] == "close"
             connection.close()
             return
+
+
+def test_what_its_clients_have_not_read_yet_is_not_lost() -> None:
+    with serve("null", "--max-seq-length", "100000") as server:
+        port = server.port()
+        (worker,) = _children(server.process.pid)
+        gone = os.pidfd_open(worker)
+        slow = socket.socket()
+        slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        slow.settimeout(DEADLINE_S)
+        slow.connect(("127.0.0.1", port))
+        # 100 KB: more than the kernel takes, and not so much more that the stream is held up: the server has the rest.
+        body = json.dumps({"prompt": "x", "max_tokens": 1750})
+        slow.sendall(f"POST /infer HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode())
+        while infer_count(port) < 1:
+            pass
+        server.process.send_signal(signal.SIGTERM)
+        assert select.select([gone], [], [], DEADLINE_S)[0]  # all else has ended
+        os.close(gone)
+        answer = b""
+        while data := slow.recv(65536):
+            answer += data
+        slow.close()
+        assert answer.endswith(b"\n\n\r\n0\r\n\r\n")
+        assert answer.count(b"id: ") == 1750
+        assert answer.count(b'"finish_reason":"length"') == 1
+        status, out = server.end()
+        assert (status, out) == (0, "")
+        assert "Traceback" not in server.errors
+
+
+def infer_count(port: int) -> int:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/models", timeout=DEADLINE_S) as answer:
+        return json.load(answer)["models"][0]["inference_count"]
+
+
+def _children(pid: int) -> list[int]:
+    with open(f"/proc/{pid}/task/{pid}/children") as file:
+        return [int(child) for child in file.read().split()]
 
 
 def test_a_worker_leaves_with_its_server() -> None:
     with serve("null") as server:
         port = server.port()
         assert infer(port, prompt="x", max_tokens=3)["text"] == " the of and"
-        children = f"/proc/{server.process.pid}/task/{server.process.pid}/children"
-        with open(children) as file:
-            (worker,) = map(int, file.read().split())
+        (worker,) = _children(server.process.pid)
         gone = os.pidfd_open(worker)
         server.process.kill()
         assert select.select([gone], [], [], DEADLINE_S)[0], "the worker outlived its server"

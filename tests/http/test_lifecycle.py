@@ -12,7 +12,7 @@ from client import Connection, ask, infer, request_bytes
 from support import DEADLINE_S, null_model, serving, until
 
 from realtime_serve import InferenceRequest, InferenceServer, ModelConfig, ServerConfig, models
-from realtime_serve.engine import handles
+from realtime_serve.engine import launch
 from realtime_serve.engine.supervisor import Supervisor
 from realtime_serve.errors import (
     ConfigError,
@@ -37,13 +37,13 @@ class HeldLoads:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.release = threading.Event()
-        load_runner = handles.load_runner
+        load_runner = launch.load_runner
 
         def load(spec: object) -> object:
             assert self.release.wait(DEADLINE_S)
             return load_runner(spec)
 
-        monkeypatch.setattr(handles, "load_runner", load)
+        monkeypatch.setattr(launch, "load_runner", load)
 
 
 async def test_health_ready_and_models() -> None:
@@ -62,6 +62,7 @@ async def test_health_ready_and_models() -> None:
             "version": "1.0.0",
             "active": True,
             "state": "ready",
+            "kind": "tokens",
             "device": "cpu",
             "max_context": 4096,
             "inference_count": 1,
@@ -96,15 +97,22 @@ async def test_while_it_loads_it_answers_and_refuses(monkeypatch: pytest.MonkeyP
 
 async def test_stop_lets_streams_finish_and_takes_no_more() -> None:
     async with serving(null_model(max_seq_length=100_000)) as server:
-        async with await Connection.open(server.port) as connection, await Connection.open(server.port) as other:
+        async with (
+            await Connection.open(server.port) as connection,
+            await Connection.open(server.port) as other,
+            await Connection.open(server.port) as balancer,
+        ):
+            assert (await balancer.ask("GET", "/ready")).status == 200
             connection.send(request_bytes("POST", "/infer", {"prompt": "x", "max_tokens": 20_000}))
             head = await connection.head()
             stopping = asyncio.ensure_future(server.stop())
             await until(lambda: server._service.is_draining)
             refused = await other.ask("POST", "/infer", {"prompt": "x"})
             assert (refused.status, refused.error()["code"]) == (503, "shutting_down")
-            ready = await other.ask("GET", "/ready")
-            assert (ready.status, ready.json()["waiting_for"]) == (503, ["shutdown"])
+            assert await other.is_closed()
+            for _ in range(2):
+                ready = await balancer.ask("GET", "/ready")
+                assert (ready.status, ready.json()["waiting_for"]) == (503, ["shutdown"])
             with pytest.raises(ShuttingDownError):
                 await server.infer(a_request())
             head.chunks = [chunk async for chunk in connection.body(head)]
@@ -136,6 +144,93 @@ async def test_a_client_that_never_reads_does_not_keep_it_from_stopping() -> Non
         await connection.head()
         async with asyncio.timeout(DEADLINE_S):
             await server.stop()
+
+
+def stalled(server: InferenceServer) -> bool:
+    """Whether a connection of the server holds bytes that its client does not take."""
+    return any(transport.get_write_buffer_size() for transport in server._listener._transports)
+
+
+async def reading_nothing(server: InferenceServer, max_tokens: int) -> Connection:
+    """A client with a small buffer that has asked for that many tokens."""
+    connection = await Connection.open(server.port, receive_buffer=4096)
+    connection.writer.transport.pause_reading()
+    connection.send(request_bytes("POST", "/infer", {"prompt": "x", "max_tokens": max_tokens}))
+    return connection
+
+
+async def test_a_stream_that_its_slow_reader_pauses_finishes_within_the_grace() -> None:
+    async with serving(null_model(max_seq_length=100_000), graceful_shutdown_timeout=DEADLINE_S) as server:
+        async with await reading_nothing(server, 60_000) as connection:
+            await until(lambda: server.model_registry.get_model("null").worker.stats()["worker"]["stalls"])
+            stopping = asyncio.ensure_future(server.stop())
+            await until(lambda: server._service.is_draining)
+            connection.writer.transport.resume_reading()
+            answer = await connection.answer()
+            assert len(answer.events()) == 60_001
+            assert answer.events()[-1].data["finish_reason"] == "length"
+        await stopping
+
+
+async def test_a_slow_reader_whose_stream_outlasts_the_grace_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("realtime_serve.http.listener._LAST_BYTES_S", DEADLINE_S)
+    async with serving(null_model(max_seq_length=100_000), graceful_shutdown_timeout=0.0) as server:
+        async with await reading_nothing(server, 90_000) as connection:
+            await until(lambda: server.model_registry.get_model("null").worker.stats()["worker"]["stalls"])
+            listener = server._listener
+            stopping = asyncio.ensure_future(server.stop())
+            await until(lambda: listener._runner.server is None)  # it has had its time
+            connection.writer.transport.resume_reading()
+            *tokens, last = (await connection.answer()).events()
+            assert (last.name, last.data["finish_reason"]) == ("done", "cancelled")
+            assert last.data["usage"]["completion_tokens"] == len(tokens) < 90_000
+            assert [token.id for token in tokens] == [str(index) for index in range(len(tokens))]
+        await stopping
+
+
+async def unread_answers(server: InferenceServer) -> tuple[Connection, int]:
+    """A connection whose answers are complete, and partly in its transport still: it, and how many they are."""
+    connection, count = await reading_nothing(server, 300), 1
+    ended = server.model_registry.get_model("null")
+    await until(lambda: ended.inference_count == count)
+    while not stalled(server):
+        connection.send(request_bytes("POST", "/infer", {"prompt": "x", "max_tokens": 300}))
+        count += 1
+        await until(lambda count=count: ended.inference_count == count)
+    assert server.stream_manager.open_count() == 0
+    return connection, count
+
+
+async def test_what_a_slow_client_has_not_taken_yet_is_not_lost() -> None:
+    async with serving(graceful_shutdown_timeout=DEADLINE_S) as server:
+        connection, count = await unread_answers(server)
+        async with connection:
+            listener = server._listener
+            stopping = asyncio.ensure_future(server.stop())
+            await until(lambda: listener._runner.server is None)  # all else has ended
+            assert listener.connections == 1
+            for _ in range(3):
+                await asyncio.sleep(0)
+            assert not stopping.done()
+            connection.writer.transport.resume_reading()
+            for _ in range(count):
+                assert len((await connection.answer()).events()) == 301
+            await stopping
+            assert listener.connections == 0
+
+
+async def test_a_second_signal_does_not_wait_for_slow_clients() -> None:
+    async with serving(graceful_shutdown_timeout=3600.0) as server:
+        connection, _ = await unread_answers(server)
+        async with connection:
+            listener = server._listener
+            stopping = asyncio.ensure_future(server.stop())
+            await until(lambda: listener._runner.server is None)
+            assert not stopping.done()
+            server._on_signal()
+            async with asyncio.timeout(DEADLINE_S):
+                await stopping
+            await until(lambda: listener.connections == 0)  # cut: a host's event loop is not left with it
 
 
 async def test_stop_before_start_and_twice() -> None:

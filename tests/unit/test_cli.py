@@ -39,6 +39,7 @@ FLAGS: dict[str, tuple[str, object]] = {
     "--isolation": ("thread", "thread"),
     "--max-body-bytes": ("2048", 2048),
     "--slow-reader-timeout": ("1.5", 1.5),
+    "--client-priorities": ("vip=high, batch=LOW", (("batch", "LOW"), ("vip", "HIGH"))),
     "--name": ("alias", "alias"),
     "--model-version": ("2.0", "2.0"),
     "--model-path": ("null", "null"),

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import FrozenInstanceError, fields
+from dataclasses import FrozenInstanceError, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from realtime_serve.config import (
     option_name,
 )
 from realtime_serve.errors import ConfigError
+from realtime_serve.types import RequestPriority
 
 SERVER_DEFAULTS = {
     "host": "0.0.0.0",
@@ -37,6 +38,7 @@ SERVER_DEFAULTS = {
     "isolation": "process",
     "max_body_bytes": 4 * 1024 * 1024,
     "slow_reader_timeout": 30.0,
+    "client_priorities": (),
 }
 MODEL_DEFAULTS: dict[str, object] = {
     "version": "1.0.0",
@@ -82,6 +84,26 @@ WRONG_TYPES: dict[type, dict[str, tuple[object, ...]]] = {
         "enable_metrics": NOT_FLAGS,
         "log_level": (*NOT_TEXT, "", "LOUD", 20),
         "isolation": (*NOT_TEXT, "", "fork", "Process"),
+        "client_priorities": (
+            None,
+            1,
+            "a=LOW",
+            ["a=LOW"],
+            ("a",),
+            (("a", "LOW", 1),),
+            (("a", "low"),),
+            (("a", "LOW"), ("a", "HIGH")),
+            {"a": "URGENT"},
+            {"a": ""},
+            {"a": 2},
+            {"a": None},
+            {"a": ["LOW"]},
+            {"": "LOW"},
+            {1: "LOW"},
+            {"x" * 257: "LOW"},
+            {"\ud800": "LOW"},
+            {"b": "LOW", 1: "HIGH"},
+        ),
     },
     ModelConfig: {
         "name": (*NOT_TEXT, ""),
@@ -196,6 +218,23 @@ def test_values_that_are_taken(kind: type, name: str, values: tuple[object, ...]
         assert (type(kept), kept) == (type(value), value)
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"vip": "HIGH", "batch": "LOW"},
+        {"vip": "high", "batch": "Low"},
+        {"vip": RequestPriority.HIGH, "batch": RequestPriority.LOW},
+        (("batch", "LOW"), ("vip", "HIGH")),
+    ],
+)
+def test_clients_priorities_are_kept_as_what_cannot_change(given: object) -> None:
+    config = ServerConfig(client_priorities=given)  # type: ignore[arg-type]
+    assert config.client_priorities == (("batch", "LOW"), ("vip", "HIGH"))
+    assert "client_priorities=(('batch', 'LOW'), ('vip', 'HIGH'))" in repr(config)
+    assert replace(config) == config
+    assert hash(replace(config)) == hash(config)
+
+
 def test_a_log_level_may_be_written_small() -> None:
     assert ServerConfig(log_level="warning").log_level == "WARNING"
 
@@ -269,6 +308,7 @@ def test_a_file_has_every_field(toml: Callable[[str], Path]) -> None:
         isolation = "thread"
         max_body_bytes = 2048
         slow_reader_timeout = 1.5
+        client_priorities = {vip = "HIGH", "batch jobs, nightly" = "low"}
         [model]
         name = "n"
         version = "2"
@@ -285,7 +325,8 @@ def test_a_file_has_every_field(toml: Callable[[str], Path]) -> None:
     )
     server, model = load(file)
     assert server == ServerConfig(
-        "::1", 0, 1, 1, 2, 3, False, "DEBUG", 4, 0.5, 5, 6, 7, 8, "thread", 2048, 1.5
+        "::1", 0, 1, 1, 2, 3, False, "DEBUG", 4, 0.5, 5, 6, 7, 8, "thread", 2048, 1.5,
+        {"vip": "HIGH", "batch jobs, nightly": "LOW"},
     )  # fmt: skip
     assert model == ModelConfig(
         "n", "2", "m.gguf", "cpu", "bfloat16", "int4", 9, 0, {"step_ms": 5, "deep": {"list": [1, 2]}}
@@ -295,6 +336,12 @@ def test_a_file_has_every_field(toml: Callable[[str], Path]) -> None:
 def test_model_options_add_up(toml: Callable[[str], Path]) -> None:
     file = toml("[model.metadata]\na = 1\nb = 1\n")
     assert load(file, {}, {"metadata": {"b": 2, "c": 2}})[1].metadata == {"a": 1, "b": 2, "c": 2}
+
+
+def test_clients_priorities_add_up(toml: Callable[[str], Path]) -> None:
+    file = toml("[server]\nclient_priorities = {a = 'LOW', b = 'LOW'}\n")
+    server, _ = load(file, {"REALTIME_SERVE_CLIENT_PRIORITIES": "b=NORMAL,c=NORMAL"}, {"client_priorities": "c=HIGH"})
+    assert dict(server.client_priorities) == {"a": "LOW", "b": "NORMAL", "c": "HIGH"}
 
 
 @pytest.mark.parametrize(
@@ -335,6 +382,9 @@ def test_a_name_alone_is_looked_up() -> None:
         ("version", "1", "1"),
         ("name", "true", "true"),
         ("max_seq_length", "1", 1),
+        ("client_priorities", "", ()),
+        ("client_priorities", " a = low , ", (("a", "LOW"),)),
+        ("client_priorities", "k=v=HIGH,::1=LOW,é=NORMAL", (("::1", "LOW"), ("k=v", "HIGH"), ("é", "NORMAL"))),
     ],
 )
 def test_text_becomes_what_the_field_holds(name: str, text: str, value: object) -> None:
@@ -365,6 +415,13 @@ BAD_TEXT: list[Any] = [
     ("quantized", "int2"),
     ("device", "gpu"),
     ("version", ""),
+    ("client_priorities", "a"),
+    ("client_priorities", "a=LOW,b"),
+    ("client_priorities", "a=LOW,a=LOW"),
+    ("client_priorities", "a="),
+    ("client_priorities", "=LOW"),
+    ("client_priorities", "a=URGENT"),
+    ("client_priorities", "\udcff=LOW"),
 ]
 
 
@@ -392,6 +449,9 @@ def test_bad_text_is_refused_naming_where_it_stood(name: str, text: str) -> None
         ("enable_metrics = 1", "enable_metrics"),
         ("host = 1979-05-27", "host"),
         ("log_level = ['INFO']", "log_level"),
+        ("client_priorities = ['a=LOW']", "client_priorities"),
+        ("client_priorities = {a = 1}", "client_priorities"),
+        ("client_priorities = {a = 'URGENT'}", "client_priorities"),
     ],
 )
 def test_a_bad_value_in_a_file_is_refused_naming_the_file(toml: Callable[[str], Path], line: str, name: str) -> None:

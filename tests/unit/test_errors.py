@@ -23,8 +23,10 @@ from realtime_serve.errors import (
     ShuttingDownError,
     TokenTimeoutError,
     TooManyConnectionsError,
+    UnsupportedMediaTypeError,
     UnsupportedModelError,
     WorkerDiedError,
+    bounded_retry_after,
     did_you_mean,
     stream_error,
 )
@@ -35,23 +37,28 @@ EXPECTED: dict[type[ServeError], tuple[int, str, str, str, str | None, float | N
     InvalidRequestError: (400, "invalid_request_error", "invalid_request", "invalid_value", None, None),
     PromptTooLongError: (400, "invalid_request_error", "invalid_request", "context_length_exceeded", "prompt", None),
     PayloadTooLargeError: (413, "invalid_request_error", "too_large", "body_too_large", None, None),
+    UnsupportedMediaTypeError: (
+        415, "invalid_request_error", "invalid_request", "unsupported_media_type", "Content-Type", None
+    ),
     ModelNotFoundError: (404, "not_found_error", "not_found", "model_not_found", "model", None),
-    RequestTimeoutError: (408, "timeout_error", "timeout", "request_timeout", None, None),
+    RequestTimeoutError: (408, "timeout_error", "request_timeout", "request_timeout", None, None),
     TokenTimeoutError: (504, "timeout_error", "timeout", "timeout", None, None),
     QueueFullError: (429, "overloaded_error", "overloaded", "queue_full", None, 1.0),
     RateLimitedError: (429, "rate_limit_error", "rate_limited", "rate_limited", None, 1.0),
-    TooManyConnectionsError: (503, "service_unavailable_error", "unavailable", "too_many_connections", None, 1.0),
-    ShuttingDownError: (503, "service_unavailable_error", "unavailable", "shutting_down", None, None),
+    TooManyConnectionsError: (
+        503, "service_unavailable_error", "too_many_connections", "too_many_connections", None, 1.0
+    ),
+    ShuttingDownError: (503, "service_unavailable_error", "shutting_down", "shutting_down", None, 1.0),
     ModelUnavailableError: (503, "service_unavailable_error", "unavailable", "model_unavailable", None, 1.0),
     WorkerDiedError: (500, "internal_error", "worker_died", "worker_died", None, None),
     ModelFailedError: (500, "internal_error", "model_failed", "model_failed", None, None),
     ConfigError: (400, "invalid_request_error", "config", "invalid_config", None, None),
-    PullError: (503, "service_unavailable_error", "load_failed", "model_pull_failed", "model", None),
+    PullError: (503, "service_unavailable_error", "load_failed", "model_pull_failed", "model", 60.0),
     ModelLoadError: (500, "internal_error", "load_failed", "model_load_failed", "model", None),
     UnsupportedModelError: (400, "invalid_request_error", "load_failed", "model_unsupported", "model", None),
-}
+}  # fmt: skip
 TYPE_STATUSES = {
-    "invalid_request_error": {400, 413},
+    "invalid_request_error": {400, 413, 415},
     "not_found_error": {404},
     "timeout_error": {408, 504},
     "overloaded_error": {429},
@@ -98,6 +105,13 @@ def test_what_an_error_is_given() -> None:
     assert ModelFailedError("m", "invalid_logits").code == "invalid_logits"
     # One error's values are not the class's.
     assert (InvalidRequestError("m").param, QueueFullError("m").retry_after) == (None, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "told"), [(0.0, 1.0), (0.99, 1.0), (1.5, 1.5), (60.0, 60.0), (61.0, 60.0), (float("inf"), 60.0)]
+)
+def test_an_estimate_of_the_wait_is_bounded(seconds: float, told: float) -> None:
+    assert bounded_retry_after(seconds) == told
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from realtime_serve import InferenceRequest, MetricsCollector, MiddlewareChain, RateLimiter, RequestLogger
 from realtime_serve.errors import RateLimitedError, WorkerDiedError
+from realtime_serve.middleware import ClientPriorities
 from realtime_serve.types import Outcome, RequestPriority, Timings, Usage
 
 
@@ -34,6 +35,29 @@ OUTCOME = Outcome("m", "1.0.0", "length", Usage(3, 5, 1), Timings(1.5, 2.5, 40.0
 
 async def answered(request: InferenceRequest) -> Outcome:
     return OUTCOME
+
+
+# ClientPriorities
+
+
+@pytest.mark.parametrize("asked", RequestPriority)
+async def test_a_bound_client_has_its_priority_and_others_theirs(asked: RequestPriority) -> None:
+    passed: list[InferenceRequest] = []
+
+    async def handler(request: InferenceRequest) -> Outcome:
+        passed.append(request)
+        return OUTCOME
+
+    bound = {"batch": RequestPriority.LOW, "vip": RequestPriority.HIGH}
+    priorities = ClientPriorities(bound)
+    bound.clear()
+    given = [request(client, priority=asked) for client in ("batch", "vip", "someone", "Batch", "")]
+    for one in given:
+        assert await priorities(one, handler) is OUTCOME
+    assert [one.priority for one in passed] == [RequestPriority.LOW, RequestPriority.HIGH, asked, asked, asked]
+    # Callers keep what is theirs, and nothing else is changed.
+    assert {one.priority for one in given} == {asked}
+    assert [replace(one, priority=asked) for one in passed] == given
 
 
 # RateLimiter

@@ -1,5 +1,6 @@
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -15,7 +16,7 @@
 namespace rts {
 
 // Raised by any change of what lies in a channel's memory, the records of request.hpp included.
-inline constexpr std::uint32_t kLayoutVersion = 2;
+inline constexpr std::uint32_t kLayoutVersion = 3;
 
 struct ChannelConfig {
   std::uint32_t slots = 1024;          // streams that can be open at once
@@ -31,16 +32,22 @@ struct SlotControl {
   alignas(kCacheLine) std::atomic<std::uint32_t> flags{0};
 };
 
+// Why a batch of a callable model was released.
+enum class BatchRelease : std::uint8_t { kFull = 0, kTimeout = 1, kIdle = 2, kDeadline = 3 };
+inline constexpr std::size_t kBatchReleases = 4;
+
 // What the worker counts for the front end's metrics. The worker's thread writes, relaxed; any may read.
 struct WorkerStats {
   Histogram<27> step_us;                 // from a step's assembly to its commit; up to 2^26 us, 67 s
   Histogram<18> batch_sequences;         // of a step
   Histogram<22> batch_tokens;            // positions of a step
   std::atomic<std::uint64_t> stalls{0};  // times that a sequence was paused because its reader had made no room
+  std::atomic<std::uint64_t> preemptions{0};  // times that a sequence gave up its place in the steps to another
   std::atomic<std::uint64_t> running{0};
   std::atomic<std::uint64_t> waiting{0};
   std::atomic<std::uint64_t> kv_blocks{0};
   std::atomic<std::uint64_t> kv_blocks_used{0};
+  std::array<std::atomic<std::uint64_t>, kBatchReleases> batch_releases{};  // by BatchRelease
 };
 
 // What lies at the start of a channel's memory. The lanes, the slots' controls and the token rings follow.

@@ -22,6 +22,15 @@ enum class StreamError : std::uint8_t {
   kTimeout = 5,
 };
 
+// What a payload's bytes are: a callable model's input or output.
+enum class PayloadKind : std::uint8_t {
+  kNone = 0,
+  kText = 1,   // UTF-8, the prompt of a model that generates
+  kJson = 2,   // one JSON value
+  kBytes = 3,  // as they are
+  kNumpy = 4,  // a NumPy array in NumPy's own file format
+};
+
 struct SamplingParams {
   enum Flag : std::uint32_t { kIgnoreEos = 1, kLogprobs = 2 };
 
@@ -55,22 +64,32 @@ struct SubmitHeader {
   std::uint32_t generated_tokens = 0;  // > 0 where a stream is taken over from another worker
   std::uint32_t tail_bytes = 0;
   Priority priority = Priority::kNormal;
-  std::uint8_t reserved[3] = {};
+  PayloadKind payload_kind = PayloadKind::kNone;  // of the tail's payload
+  PayloadKind answer_kind = PayloadKind::kNone;   // what the answer's payload has to be; kNone: what fits it
+  std::uint8_t reserved = 0;
 };
 static_assert(sizeof(SubmitHeader) == 112 && std::is_trivially_copyable_v<SubmitHeader>);
 
 // One entry of a submit record's tail: this header, then `bytes` bytes, then padding to 4. Unknown types are skipped.
 struct TailHeader {
-  enum Type : std::uint16_t { kStopString = 1 };
+  enum Type : std::uint16_t {
+    kStopString = 1,
+    kRequestId = 2,  // as logs show it
+    kPayload = 3,
+  };
   std::uint16_t type = 0;
-  std::uint16_t bytes = 0;
+  std::uint16_t reserved = 0;
+  std::uint32_t bytes = 0;
 };
+static_assert(sizeof(TailHeader) == 8);
 
 // Token record: this header, then text_bytes of UTF-8, then extension_bytes.
 struct TokenHeader {
   enum Flag : std::uint16_t {
     kSpecial = 1,  // a control token: it has no text of its own
-    kEnd = 2,      // no token: the stream's last record; finish and error are set, the extension is an EndExtension
+    kEnd = 2,      // no token: the stream's last record; finish and error are set, the text says more of the error,
+                   // the extension is an EndExtension
+    kPayload = 4,  // no token: a piece of an answer's payload, whose PayloadKind is the token id
   };
   std::uint32_t index = 0;  // of the token within the stream's generated ones; for kEnd, how many there were
   std::int32_t token_id = 0;
@@ -97,5 +116,7 @@ static_assert(sizeof(EndExtension) == 40 && std::is_trivially_copyable_v<EndExte
 inline constexpr std::size_t kMaxStopStrings = 16;
 inline constexpr std::size_t kMaxStopBytes = 256;    // each
 inline constexpr std::size_t kMaxTokenBytes = 1024;  // the longest text of a vocabulary entry that is served
+// Of a last record's text.
+inline constexpr std::size_t kMaxErrorDetailBytes = 512;
 
 }  // namespace rts

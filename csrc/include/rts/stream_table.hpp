@@ -23,6 +23,7 @@ enum class StreamFormat : std::uint8_t {
   kTokens,  // one at a time, by next()
   kEvents,  // as server-sent events, by drain()
   kJson,    // as one JSON object at the end, by drain() and then finish_json()
+  kWhole,   // as the bytes of a payload at the end, by drain() and then whole()
 };
 
 // All that is known of a request when it is submitted.
@@ -34,6 +35,10 @@ struct StreamSpec {
   std::vector<std::string> stops;
   SamplingParams sampling;
   Priority priority = Priority::kNormal;
+  // Of a callable model's request, which has no prompt ids. The bytes are given up once they are queued.
+  PayloadKind payload_kind = PayloadKind::kNone;
+  PayloadKind answer_kind = PayloadKind::kNone;
+  std::string payload;
 };
 
 struct TokenView {
@@ -78,6 +83,10 @@ class StreamTable {
   std::optional<TokenView> next(std::uint32_t slot);
   // The answer of a stream of format kJson that has ended without an error.
   void finish_json(std::uint32_t slot, FrameBuffer& out) const;
+  // The answer of a stream of format kWhole that has ended without an error, and what its bytes are. It is valid until
+  // the stream is closed.
+  std::string_view whole(std::uint32_t slot) const { return stream(slot).text; }
+  PayloadKind whole_kind(std::uint32_t slot) const { return stream(slot).answer_kind; }
   std::uint32_t buffered(std::uint32_t slot) const;
 
   StreamFormat format(std::uint32_t slot) const { return stream(slot).format; }
@@ -96,6 +105,8 @@ class StreamTable {
 
   bool ended(std::uint32_t slot) const { return stream(slot).state == State::kEnded; }
   StreamError error(std::uint32_t slot) const { return stream(slot).error; }
+  // What the worker says more of the error; not to be trusted to be UTF-8.
+  std::string_view error_detail(std::uint32_t slot) const { return stream(slot).error_detail; }
   FinishReason finish(std::uint32_t slot) const { return stream(slot).finish; }
   std::uint32_t generated(std::uint32_t slot) const {
     return static_cast<std::uint32_t>(stream(slot).generated.size());
@@ -121,6 +132,8 @@ class StreamTable {
     StreamFormat format = StreamFormat::kTokens;
     FinishReason finish = FinishReason::kNone;
     StreamError error = StreamError::kNone;
+    PayloadKind answer_kind = PayloadKind::kNone;
+    std::string error_detail;
     bool last_read = false;  // the last record was read: the worker will not touch the slot again
     std::uint64_t id = 0;
     std::int64_t timeout_ns = 0;
@@ -139,7 +152,7 @@ class StreamTable {
   Stream& stream(std::uint32_t slot) { return streams_[slot]; }
   const Stream& stream(std::uint32_t slot) const { return streams_[slot]; }
   std::optional<std::uint32_t> take_slot(StreamFormat format, std::int64_t timeout_ns);
-  bool queue(std::uint32_t slot, const Stream& stream);
+  bool queue(std::uint32_t slot, Stream& stream);
   void announce(std::uint32_t slot);
   bool take(Stream& from, const TokenRecord& record);
   EndOfStream end_of(const Stream& ended) const;

@@ -35,6 +35,11 @@ struct TokenRecord {
     valid = header.finish <= FinishReason::kError && header.error <= StreamError::kTimeout;
   }
   bool is_last() const { return (header.flags & TokenHeader::kEnd) != 0; }
+  bool is_payload() const { return (header.flags & TokenHeader::kPayload) != 0; }
+  PayloadKind payload_kind() const {
+    const bool known = header.token_id >= 0 && header.token_id <= static_cast<int>(PayloadKind::kNumpy);
+    return known ? static_cast<PayloadKind>(header.token_id) : PayloadKind::kNone;
+  }
   EndExtension end() const {
     EndExtension end;
     if (extension.size() >= sizeof end) std::memcpy(&end, extension.data(), sizeof end);
@@ -58,17 +63,18 @@ class TokenWriter {
 
   // Whether the ring can take the tokens of the steps in flight, however long their text, and the last record.
   bool has_room() noexcept { return ring_.can_claim(kReservedRecords, kReservedRecords * kMaxTokenRecordBytes); }
-  // Whether it can take a token of that much text, and the last record.
-  bool has_room_for(std::size_t text_bytes) noexcept {
+  // Whether it can take a token of that much text, and the last record with that much of its own.
+  bool has_room_for(std::size_t text_bytes, std::size_t detail_bytes = 0) noexcept {
     constexpr std::size_t kHeaders = 2 * sizeof(TokenHeader) + sizeof(EndExtension);
-    return text_bytes <= kMaxPushedTextBytes && ring_.can_claim(2, static_cast<std::uint32_t>(kHeaders + text_bytes));
+    return text_bytes <= kMaxPushedTextBytes &&
+           ring_.can_claim(2, static_cast<std::uint32_t>(kHeaders + text_bytes + detail_bytes));
   }
   // False: the ring is full. The header's sizes are set here.
   bool write_token(TokenHeader header, std::string_view text) { return write(header, text, {}); }
   // Room for it is left by whoever asks has_room() before each token.
-  bool write_last(TokenHeader header, const EndExtension& end) {
+  bool write_last(TokenHeader header, const EndExtension& end, std::string_view detail = {}) {
     header.flags |= TokenHeader::kEnd;
-    return write(header, {}, std::as_bytes(std::span(&end, 1)));
+    return write(header, detail, std::as_bytes(std::span(&end, 1)));
   }
 
  private:

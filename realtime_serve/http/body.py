@@ -1,0 +1,25 @@
+"""A request's body, within the time that its sender has for it."""
+
+from __future__ import annotations
+
+import asyncio
+
+from aiohttp import web
+
+from realtime_serve.errors import PayloadTooLargeError, RequestTimeoutError
+
+# A sender that needs longer than this is cut.
+_WITHIN_S = 30.0
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Raises RequestTimeoutError where it did not arrive in time, PayloadTooLargeError."""
+    try:
+        async with asyncio.timeout(_WITHIN_S):
+            return await request.read()
+    except web.HTTPRequestEntityTooLarge:
+        raise PayloadTooLargeError(
+            f"the body is larger than the {request.app._client_max_size} bytes that this server takes"
+        ) from None
+    except TimeoutError:
+        raise RequestTimeoutError(f"the body did not arrive within {_WITHIN_S:.0f} seconds") from None

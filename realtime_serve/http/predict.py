@@ -1,0 +1,151 @@
+"""POST /predict: inputs for models that predict, as JSON, as bytes or as NumPy arrays."""
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+from aiohttp import web
+
+from realtime_serve._core import PayloadKind
+from realtime_serve.config import ServerConfig
+from realtime_serve.errors import InvalidRequestError, UnsupportedMediaTypeError
+from realtime_serve.http.body import read_body
+from realtime_serve.http.validation import check_metadata, check_names, decode_object, parse_priority
+from realtime_serve.payload import Payload
+from realtime_serve.service import InferenceService
+from realtime_serve.types import Outcome, PredictRequest
+
+_FIELDS = frozenset(("model", "priority", "timeout", "client_id", "metadata", "input", "inputs"))
+_QUERY = frozenset(("model", "priority", "timeout", "client_id"))
+_NUMPY_TYPE, _BYTES_TYPE, _JSON_TYPE = "application/x-npy", "application/octet-stream", "application/json"
+# What curl and forms call a body of which they know nothing; /infer takes it as JSON too.
+_JSON_TYPES = frozenset((_JSON_TYPE, "text/json", "application/x-www-form-urlencoded", ""))
+_OUTPUT_KINDS = {
+    _JSON_TYPE: PayloadKind.JSON,
+    _NUMPY_TYPE: PayloadKind.NUMPY,
+    _BYTES_TYPE: PayloadKind.BYTES,
+}
+_CONTENT_TYPES = {kind: name for name, kind in _OUTPUT_KINDS.items()}
+
+# Inputs stay bytes here: the worker that needs their values decodes them.
+_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_list_decoder = msgspec.json.Decoder(list[msgspec.Raw])
+_value_decoder = msgspec.json.Decoder()
+
+
+class PredictHandlers:
+    def __init__(self, service: InferenceService) -> None:
+        self._service = service
+
+    async def predict(self, request: web.Request) -> web.Response:
+        """`input` or `inputs` of a JSON body, or the body itself as one input, whose content type says what it is.
+
+        The answer is in the form that Accept names; without one JSON for JSON, and for other bodies what fits.
+        """
+        request_id = uuid.uuid4().hex
+        is_json = request.content_type in _JSON_TYPES or "Content-Type" not in request.headers
+        parse = _parse_json if is_json else _parse_raw
+        with self._service.metrics.counts_refusals():
+            body = await read_body(request)
+            parsed, is_single = parse(request, body, request_id, self._service.config)
+        if not parsed.client_id:
+            parsed.client_id = request.remote or ""
+        outputs, outcome = await self._service.predict(parsed)
+        if is_single and outputs[0].kind is not PayloadKind.JSON:
+            headers = {"X-Request-Id": request_id, "X-Model": outcome.model, "X-Model-Version": outcome.version}
+            return web.Response(body=outputs[0].data, content_type=_CONTENT_TYPES[outputs[0].kind], headers=headers)
+        return web.Response(
+            body=_json_answer(request_id, outcome, outputs, is_single),
+            content_type=_JSON_TYPE,
+            headers={"X-Request-Id": request_id},
+        )
+
+
+def _parse_json(
+    request: web.Request, body: bytes, request_id: str, defaults: ServerConfig
+) -> tuple[PredictRequest, bool]:
+    raw = decode_object(body, _decoder)
+    check_names(raw, _FIELDS)
+    inputs, is_single = _inputs(raw)
+    given = {name: _value_decoder.decode(value) for name, value in raw.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    if "metadata" in given:
+        check_metadata(given["metadata"])
+    output_kind = _wanted(request) or PayloadKind.JSON
+    if not is_single and output_kind is not PayloadKind.JSON:
+        raise InvalidRequestError("several inputs are answered as application/json; Accept asks for another", "Accept")
+    payloads = [Payload(PayloadKind.JSON, bytes(value)) for value in inputs]
+    return _request(request_id, payloads, given, output_kind, defaults), is_single
+
+
+def _inputs(raw: dict[str, msgspec.Raw]) -> tuple[list[msgspec.Raw], bool]:
+    """Takes `input` or `inputs` out; whether it is the first."""
+    one, several = raw.pop("input", None), raw.pop("inputs", None)
+    if one is not None and several is not None:
+        raise InvalidRequestError("give input or inputs, not both", "inputs")
+    if one is not None:
+        return [one], True
+    if several is None:
+        raise InvalidRequestError("input is required", "input", "missing_field")
+    try:
+        inputs = _list_decoder.decode(several)
+    except msgspec.ValidationError:
+        raise InvalidRequestError("inputs must be a list; one input goes into input", "inputs") from None
+    if not inputs:
+        raise InvalidRequestError("inputs must have at least one input", "inputs")
+    return inputs, False
+
+
+def _parse_raw(
+    request: web.Request, body: bytes, request_id: str, defaults: ServerConfig
+) -> tuple[PredictRequest, bool]:
+    if request.content_type.startswith("multipart/"):
+        raise UnsupportedMediaTypeError(
+            "multipart bodies are not read here: send one input as the body itself, with its own content type"
+        )
+    check_names(request.query, _QUERY, "parameter")
+    given: dict[str, Any] = dict(request.query)
+    if "timeout" in given:
+        with contextlib.suppress(ValueError):  # the request's own check refuses what is no number
+            given["timeout"] = float(given["timeout"])
+    kind = PayloadKind.NUMPY if request.content_type == _NUMPY_TYPE else PayloadKind.BYTES
+    return _request(request_id, [Payload(kind, body)], given, _wanted(request), defaults), True
+
+
+def _request(
+    request_id: str,
+    inputs: list[Payload],
+    given: Mapping[str, Any],
+    output_kind: PayloadKind | None,
+    defaults: ServerConfig,
+) -> PredictRequest:
+    settings = {"timeout": defaults.request_timeout, **given}
+    if "priority" in settings:
+        settings["priority"] = parse_priority(settings["priority"])
+    return PredictRequest(request_id, settings.pop("model", None), inputs, output_kind=output_kind, **settings)
+
+
+def _wanted(request: web.Request) -> PayloadKind | None:
+    """The form of answer that Accept names, where it names one that there is."""
+    for part in request.headers.get("Accept", "").split(","):
+        kind = _OUTPUT_KINDS.get(part.partition(";")[0].strip().lower())
+        if kind is not None:
+            return kind
+    return None
+
+
+def _json_answer(request_id: str, outcome: Outcome, outputs: list[Payload], is_single: bool) -> bytes:
+    """The outputs' bytes as they came, in an object."""
+    head = _encode({"request_id": request_id, "model": outcome.model, "version": outcome.version})
+    timings = outcome.timings
+    tail = _encode({"timings": {"queue_ms": round(timings.queue_ms, 3), "compute_ms": round(timings.prefill_ms, 3)}})
+    data = [output.data for output in outputs]
+    answer = b'"output":' + data[0] if is_single else b'"outputs":[' + b",".join(data) + b"]"
+    return head[:-1] + b"," + answer + b"," + tail[1:]
+
+
+_encode = msgspec.json.encode
