@@ -156,8 +156,22 @@ class EngineCore:
     def commit(self) -> None: ...
     def abort(self) -> None: ...
     def wait(self) -> None: ...
-    def wake(self) -> None: ...
+    def run(self, model: NativeModel) -> tuple[int, str] | None:
+        """Runs steps, without the GIL, until `interrupt`: None. Where the model fails in a step: that step's sequences,
+        which have ended with an error, and what the model threw; then it may be called again."""
+    def interrupt(self) -> None:
+        """Makes `run` return at its next step boundary, or as soon as it is called, and `wait` at once. Any thread."""
     def close(self) -> None: ...
+
+class NativeModel:
+    """A model in C++, for `EngineCore.run`. One engine runs it."""
+
+@final
+class NullModel(NativeModel):
+    """At position p it says `first_token + p % tokens`. Its steps are `step_ns` nanoseconds apart on average; 0: as
+    fast as they come. ValueError where `tokens` is not at least 1."""
+
+    def __init__(self, *, first_token: int, tokens: int, step_ns: int) -> None: ...
 
 @final
 class PriorityQueue:

@@ -190,10 +190,10 @@ class InferenceServer:
         serving = loop.create_task(serve())
         try:
             if (stream := await started) is not None:
-                async for token in TokenStream(stream):
+                async for token in TokenStream(stream, raises=False):
                     yield token
                 read.set_result(None)
-                await serving
+                await serving  # which raises where the stream failed
         finally:
             if not serving.done():
                 serving.cancel()

@@ -18,11 +18,13 @@ from realtime_serve.types import MAX_SECONDS, StreamToken, Timings, Usage, numbe
 class TokenStream(AsyncIterator[StreamToken]):
     """One stream's tokens, in order. Leaving it early, by `aclose` or `async with`, cancels the sequence.
 
-    Iteration ends when the stream does; a stream that ends with an error raises it, as a ServeError.
+    Iteration ends when the stream does; a stream that ends with an error raises it, as a ServeError, unless it is told
+    not to.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: Stream, *, raises: bool = True) -> None:
         self._stream = stream
+        self._raises = raises
 
     @property
     def finish_reason(self) -> str | None:
@@ -45,7 +47,7 @@ class TokenStream(AsyncIterator[StreamToken]):
             if self._stream.ended:
                 self._stream.close()
                 error = self._stream.error
-                if error:
+                if error and self._raises:
                     raise stream_error(error, self._stream.error_detail)
                 raise StopAsyncIteration
             await self._stream.readable()

@@ -123,7 +123,19 @@ void register_engine_core(py::module_& m) {
           "abort", [](BoundEngineCore& self) { self.core().abort(); }, release_gil())
       .def(
           "wait", [](BoundEngineCore& self) { self.core().wait(); }, release_gil())
-      .def("wake", [](BoundEngineCore& self) { self.core().wake(); })
+      .def(
+          "run",
+          [](BoundEngineCore& self, NativeModel& model) -> py::object {
+            std::optional<ModelFailure> failure;
+            {
+              py::gil_scoped_release released;
+              failure = self.core().run(model);
+            }
+            if (!failure) return py::none();
+            return py::make_tuple(failure->sequences, py::bytes(failure->message).attr("decode")("utf-8", "replace"));
+          },
+          py::arg("model"), "Runs steps until interrupt(): None; or until the model fails: (sequences, message).")
+      .def("interrupt", [](BoundEngineCore& self) { self.core().interrupt(); })
       .def("close", [](BoundEngineCore& self) { self.core().close(); }, release_gil());
 }
 

@@ -9,6 +9,7 @@ void register_channel(pybind11::module_& m);
 void register_channel_server(pybind11::module_& m);
 void register_engine_core(pybind11::module_& m);
 void register_gguf(pybind11::module_& m);
+void register_native_model(pybind11::module_& m);
 void register_priority_queue(pybind11::module_& m);
 void register_text(pybind11::module_& m);
 

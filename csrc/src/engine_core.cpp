@@ -2,11 +2,11 @@
 
 #include <poll.h>
 #include <sys/eventfd.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <exception>
 #include <limits>
 #include <stdexcept>
 #include <system_error>
@@ -60,6 +60,7 @@ EngineCore::~EngineCore() = default;
 
 void EngineCore::bind_buffers(const StepBuffers& buffers, std::int32_t* sampled, float* logprobs) {
   assembler_.bind(buffers);
+  buffers_ = buffers;
   sampled_ = sampled;
   logprobs_ = logprobs;
 }
@@ -359,9 +360,7 @@ void EngineCore::wait() {
   for (const std::unique_ptr<Attached>& attached : channels_) {
     if (attached) attached->channel->worker_bell().consume();
   }
-  std::uint64_t wakes;
-  while (::read(wake_fd_.get(), &wakes, sizeof wakes) > 0) {
-  }
+  eventfd::drain(wake_fd_.get());
 }
 
 // Only once the bells are armed: a front end that takes the request then rings a bell that wakes.
@@ -385,10 +384,38 @@ bool EngineCore::has_news() const {
   });
 }
 
-void EngineCore::wake() const {
-  const std::uint64_t one = 1;
-  // A full counter already wakes: nothing is lost where the write is refused.
-  [[maybe_unused]] const ssize_t written = ::write(wake_fd_.get(), &one, sizeof one);
+std::optional<ModelFailure> EngineCore::run(NativeModel& model) {
+  while (!take_interrupt()) {
+    const std::optional<StepShape> shape = schedule();
+    if (!shape) {
+      wait();
+      continue;
+    }
+    const auto failed = [&](const char* message) {
+      abort();
+      return ModelFailure{shape->sequences, message};
+    };
+    try {
+      model.step({*shape, buffers_, {sampled_, shape->samples}, {logprobs_, shape->samples}, sample_});
+    } catch (const std::exception& error) {
+      return failed(error.what());
+    } catch (...) {
+      return failed("something that is no std::exception");
+    }
+    commit();
+  }
+  return std::nullopt;
+}
+
+bool EngineCore::take_interrupt() {
+  // Looked at first: an exchange a step would cost more than all of this loop.
+  return interrupted_.load(std::memory_order_relaxed) &&
+         interrupted_.exchange(false, std::memory_order_acquire);  // (2)
+}
+
+void EngineCore::interrupt() {
+  interrupted_.store(true, std::memory_order_release);  // (1)
+  eventfd::signal(wake_fd_.get());
 }
 
 void EngineCore::close() {

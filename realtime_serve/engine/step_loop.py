@@ -1,4 +1,4 @@
-"""The worker's loop: drain, schedule, step, commit, publish."""
+"""The worker's loop: drain, schedule, step, commit, publish. It is C++ where the model is, and Python where not."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import queue
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from realtime_serve._core import Channel, EngineCore, Vocabulary
+from realtime_serve._core import Channel, EngineCore, NativeModel, Vocabulary
 from realtime_serve.engine.step_buffers import StepBuffers
 from realtime_serve.runners.base import Runner
 
@@ -36,6 +36,7 @@ class StepLoop:
     def __init__(self, runner: Runner, limits: EngineLimits) -> None:
         self.max_context = runner.max_context
         self._runner = runner
+        self._native_model: NativeModel | None = getattr(runner, "native_model", None)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._stopping = False
         self._core = EngineCore(
@@ -81,17 +82,24 @@ class StepLoop:
 
     def _command(self, command: Callable[[], None]) -> None:
         self._commands.put(command)
-        self._core.wake()
+        self._core.interrupt()
 
     def run(self) -> None:
         core = self._core
         while not self._stopping:
-            if not self._step():
+            if self._native_model is not None:
+                self._run_native(self._native_model)
+            elif not self._step():
                 core.wait()
             while not self._commands.empty():
                 self._commands.get()()
         core.close()
         self._runner.close()
+
+    def _run_native(self, model: NativeModel) -> None:
+        """Runs steps until there is a command, or one of them fails."""
+        if (failure := self._core.run(model)) is not None:
+            log.error("the model raised in a step of %d sequences: they end with an error: %s", *failure)
 
     def _step(self) -> bool:
         """Runs one step; False where nothing was to be done."""

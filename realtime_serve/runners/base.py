@@ -9,6 +9,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
+from realtime_serve._core import NativeModel
+
 Int32 = npt.NDArray[np.int32]
 Int64 = npt.NDArray[np.int64]
 Float32 = npt.NDArray[np.float32]
@@ -69,3 +71,12 @@ class Runner(Protocol):
 
     def close(self) -> None:
         """Frees what it holds; called once, after the last step."""
+
+
+class NativeRunner(Runner, Protocol):
+    """A runner whose model is C++ as well: the engine then runs its steps without Python and the GIL, and never calls
+    `step`."""
+
+    @property
+    def native_model(self) -> NativeModel | None:
+        """Does what `step` does, for the life of the runner. None: `step` is called."""

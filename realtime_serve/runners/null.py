@@ -9,6 +9,7 @@ import time
 
 import numpy as np
 
+from realtime_serve._core import NativeModel, NullModel
 from realtime_serve.runners.base import Int32, StepBatch
 
 _TEXT = (
@@ -20,6 +21,7 @@ _TEXT = (
 _WORDS = _TEXT.split()
 _FIRST_WORD = 256
 _EOS = _FIRST_WORD + len(_WORDS)
+_LONGEST_STEP_NS = 2**61  # 73 years: what it is due at still fits in 64 bits
 
 
 class NullTokenizer:
@@ -37,7 +39,7 @@ class NullTokenizer:
 
 
 class NullRunner:
-    """See `Runner` for the contract."""
+    """See `NativeRunner` for the contract. `step` is the same model, for who drives it in Python."""
 
     block_size = 64
 
@@ -48,10 +50,17 @@ class NullRunner:
         self.eos_tokens = tokenizer.eos_tokens
         self.max_context = max_context
         self.num_blocks = max_batch_size * -(-max_context // self.block_size)
+        self._native_model = NullModel(
+            first_token=_FIRST_WORD, tokens=len(_WORDS), step_ns=min(round(step_ms * 1e6), _LONGEST_STEP_NS)
+        )
         self._step_s = step_ms / 1e3
         self._step_due = 0.0
         # One entry a position, so that a step is one gather.
         self._token_at: Int32 = (_FIRST_WORD + np.arange(max_context, dtype=np.int32) % len(_WORDS)).astype(np.int32)
+
+    @property
+    def native_model(self) -> NativeModel | None:
+        return self._native_model
 
     def step(self, batch: StepBatch) -> None:
         if self._step_s:

@@ -436,7 +436,7 @@ TEST_F(EngineCoreTest, ReadingAStalledRingWakesTheSleepingWorker) {
   table_.collect();
   EXPECT_TRUE(table_.next(slot));
   table_.rings_read();
-  if (HasFailure()) core_.wake();
+  if (HasFailure()) core_.interrupt();
   worker.join();
   channel_->worker_bell().arm();
   table_.rings_read();
@@ -475,7 +475,7 @@ TEST_F(EngineCoreTest, AStalledOneThatEndsIsForgotten) {
 }
 
 TEST_F(EngineCoreTest, WaitReturnsAtOnceForWhatIsThere) {
-  core_.wake();
+  core_.interrupt();
   core_.wait();
   const std::uint32_t slot = submit(request({0}, 20));
   core_.wait();

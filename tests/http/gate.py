@@ -37,6 +37,7 @@ class Gate:
             self._pass(bytes(token for token in batch.tokens if token < 256).decode())
             step(runner, batch)
 
+        monkeypatch.setattr(NullRunner, "native_model", None)
         monkeypatch.setattr(NullRunner, "step", gated_step)
 
     def close(self) -> None:

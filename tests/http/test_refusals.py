@@ -203,6 +203,7 @@ async def test_a_slow_sender_is_counted(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 async def test_a_models_failure_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(NullRunner, "native_model", None)
     async with serving() as server:
         monkeypatch.setattr(NullRunner, "step", _fail)
         failed = await infer(server.port, stream=False)

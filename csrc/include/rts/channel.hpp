@@ -38,10 +38,10 @@ inline constexpr std::size_t kBatchReleases = 4;
 
 // What the worker counts for the front end's metrics. The worker's thread writes, relaxed; any may read.
 struct WorkerStats {
-  Histogram<27> step_us;                 // from a step's assembly to its commit; up to 2^26 us, 67 s
-  Histogram<18> batch_sequences;         // of a step
-  Histogram<22> batch_tokens;            // positions of a step
-  std::atomic<std::uint64_t> stalls{0};  // times that a sequence was paused because its reader had made no room
+  Histogram<27> step_us;                      // from a step's assembly to its commit; up to 2^26 us, 67 s
+  Histogram<18> batch_sequences;              // of a step
+  Histogram<22> batch_tokens;                 // positions of a step
+  std::atomic<std::uint64_t> stalls{0};       // times that a sequence was paused because its reader had made no room
   std::atomic<std::uint64_t> preemptions{0};  // times that a sequence gave up its place in the steps to another
   std::atomic<std::uint64_t> running{0};
   std::atomic<std::uint64_t> waiting{0};

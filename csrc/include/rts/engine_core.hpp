@@ -2,7 +2,9 @@
 
 #include <poll.h>
 
+#include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <span>
@@ -13,6 +15,7 @@
 #include "rts/block_pool.hpp"
 #include "rts/channel.hpp"
 #include "rts/clock.hpp"
+#include "rts/native_model.hpp"
 #include "rts/priority_queue.hpp"
 #include "rts/publisher.hpp"
 #include "rts/sampler.hpp"
@@ -29,15 +32,9 @@ struct EngineConfig {
   std::int64_t ageing_ns = 5'000'000'000;
 };
 
-// What a step's assembled batch measures.
-struct StepShape {
-  std::uint32_t tokens = 0;
-  std::uint32_t sequences = 0;
-  std::uint32_t samples = 0;
-};
-
 // A worker's engine but for the model: drains the channels' lanes, schedules, assembles, commits and publishes. One
-// step is schedule() → the model → commit(). It belongs to the worker's thread; only wake() may be called from others.
+// step is schedule() → the model → commit(). It belongs to the worker's thread; only interrupt() may be called from
+// others.
 class EngineCore {
  public:
   EngineCore(const EngineConfig& config, std::shared_ptr<const Vocabulary> vocabulary, const Clock& clock);
@@ -59,10 +56,20 @@ class EngineCore {
   // The model failed in this step: its sequences end with kModelFailed, the others go on.
   void abort();
 
-  // Sleeps until a front end, or wake(), has something new.
+  // Sleeps until a front end, or interrupt(), has something new.
   void wait();
-  // Any thread. Not lock-free: a system call.
-  void wake() const;
+
+  // Runs steps while there is something to do and sleeps while there is not, until it is interrupted. While there is
+  // work it takes no lock, and makes no system call but to wake a front end that sleeps. A model that throws ends the
+  // run: its step is aborted, and what it threw is returned. An interrupt that came meanwhile then ends the next run.
+  std::optional<ModelFailure> run(NativeModel& model);
+  // Makes run() return at its next step boundary, at once where it sleeps, or as soon as it is entered; likewise
+  // wait(). Several that come before run() returns are one. Any thread. Wait-free, but for a system call. (1) releases:
+  // what was written before is seen by whom run() returns to, whose exchange acquires (2). It precedes the system call,
+  // and run() sleeps only on the descriptor that this signals: so it is woken where it looked at the flag too early,
+  // and then finds it. It is never lost.
+  void interrupt();
+
   // Ends every sequence as cancelled.
   void close();
 
@@ -88,6 +95,7 @@ class EngineCore {
   void show_load();
   bool has_news() const;
   Sequence* new_sequence();
+  bool take_interrupt();
 
   const Clock& clock_;
   std::shared_ptr<const Vocabulary> vocabulary_;
@@ -105,8 +113,11 @@ class EngineCore {
   std::vector<pollfd> poll_fds_;
   Plan* plan_ = nullptr;
   std::int64_t step_started_ns_ = 0;
+  StepBuffers buffers_;
   std::int32_t* sampled_ = nullptr;
   float* logprobs_ = nullptr;
+  const std::function<void(std::span<const float>)> sample_ = [this](std::span<const float> logits) { sample(logits); };
+  std::atomic<bool> interrupted_{false};
   const std::uint32_t max_context_;
 };
 
