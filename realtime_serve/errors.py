@@ -60,7 +60,10 @@ class UnsupportedMediaTypeError(ServeError):
     type = "invalid_request_error"
     label = "invalid_request"
     code = "unsupported_media_type"
-    param = "Content-Type"
+
+    def __init__(self, message: str, param: str = "Content-Type") -> None:
+        super().__init__(message)
+        self.param = param
 
 
 class ModelNotFoundError(ServeError, LookupError, ValueError):

@@ -199,7 +199,7 @@ class ModelRegistry:
         """With the isolation that the loader permits."""
         isolation = self._isolation
         if isolation == "process" and import_name(loader) is None:
-            log.info(
+            log.warning(
                 "model %s runs in a thread of this process: its loader cannot be imported by name from another one",
                 config.name,
             )

@@ -295,6 +295,7 @@ class InferenceServer:
         self._listener = Listener(
             build_app(self._service),
             max_connections=self.config.max_connections,
+            slow_reader_timeout=self.config.slow_reader_timeout,
             on_refused=self._service.metrics.refused_connections.inc,
         )
         await self._listener.start(self._socket)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import logging
+import resource
 import socket
 
 from realtime_serve.errors import ConfigError
+
+log = logging.getLogger(__name__)
 
 BACKLOG = 1024
 # Bytes that the kernel may hold for one connection beyond what its peer has acknowledged room for: the ring and the
@@ -13,6 +18,8 @@ BACKLOG = 1024
 _NOTSENT_LOWAT = 64 * 1024
 _SEND_BUFFER = 64 * 1024
 _TCP_NOTSENT_LOWAT = getattr(socket, "TCP_NOTSENT_LOWAT", 25)
+# Open files that are no served connections: models' workers, connections that are being refused, the host's own.
+_OTHER_FILES = 256
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -38,3 +45,28 @@ def bind(host: str, port: int) -> socket.socket:
         ) from None
     sock.setblocking(False)
     return sock
+
+
+def room_for(connections: int) -> int:
+    """How many of so many connections the limit of open files has room for, raised as far as they need and it may be.
+
+    Logs a warning where that is less.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = connections + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < needed:
+        raised = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        with contextlib.suppress(OSError, ValueError):  # a sandbox may forbid it
+            resource.setrlimit(resource.RLIMIT_NOFILE, (raised, hard))
+            soft = raised
+    if soft == resource.RLIM_INFINITY or soft >= needed:
+        return connections
+    room = max(1, min(connections, soft - min(_OTHER_FILES, soft // 2)))
+    if room < connections:
+        log.warning(
+            "max_connections is %d, but the %d files that this process may have open (ulimit -n) leave room for %d",
+            connections,
+            soft,
+            room,
+        )
+    return room

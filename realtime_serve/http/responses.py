@@ -23,6 +23,7 @@ _STATUS_TYPES = {
     405: ("invalid_request_error", "method_not_allowed"),
     408: ("timeout_error", "request_timeout"),
     413: ("invalid_request_error", "body_too_large"),
+    417: ("invalid_request_error", "expectation_failed"),
 }
 
 

@@ -82,8 +82,10 @@ def serve(model: str, *options: str) -> contextlib.AbstractContextManager[Progra
 
 def infer(port: int, **body: Any) -> dict[str, Any]:
     """The answer as one object."""
-    request = urllib.request.Request(
-        f"http://127.0.0.1:{port}/infer", json.dumps({"stream": False, **body}).encode(), method="POST"
-    )
+    return post(port, "/infer", {"stream": False, **body})
+
+
+def post(port: int, path: str, body: dict[str, Any]) -> dict[str, Any]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", json.dumps(body).encode(), method="POST")
     with urllib.request.urlopen(request, timeout=START_S) as answer:
         return json.load(answer)

@@ -8,7 +8,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from program import infer, program, serve
+from program import infer, post, program, serve
 from support import null_model
 from tiny_models import save_tiny_llama
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
@@ -17,7 +17,7 @@ from realtime_serve import InferenceRequest, InferenceServer, ServerConfig
 from realtime_serve.errors import InvalidRequestError
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-SERVER, CLIENT, EMBEDDED, MIDDLEWARE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SERVER, CLIENT, EMBEDDED, CLASSIFIER, GENERATOR, MIDDLEWARE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
 DEFAULT_MODEL = '"smollm2-135m-instruct"'
 
 # The published package's quick start and client.
@@ -115,6 +115,27 @@ def test_the_readmes_embedding_with_its_model(tmp_path: Path) -> None:
     )
     assert found
     assert re.search("[a-z]", found[1])
+
+
+def test_the_readmes_classifier(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(changed(CLASSIFIER, ("port=8000", 'host="127.0.0.1", port=0')))
+    with program(str(tmp_path / "server.py")) as server:
+        answer = post(server.port(), "/predict", {"model": "iris", "input": [5.1, 3.5, 1.4, 0.2]})
+        assert len(answer["output"]) == 3
+        assert sum(answer["output"]) == pytest.approx(1.0)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0
+    assert server.errors.count("model iris runs in a thread of this process") == 1
+
+
+def test_the_readmes_generator(tmp_path: Path) -> None:
+    (tmp_path / "server.py").write_text(changed(GENERATOR, ("port=8000", 'host="127.0.0.1", port=0')))
+    with program(str(tmp_path / "server.py")) as server:
+        answer = infer(server.port(), model="echo", prompt="one two three", max_tokens=10)
+        assert [token["token"] for token in answer["tokens"]] == ["one ", "two ", "three "]
+        assert (answer["text"], answer["finish_reason"]) == ("one two three ", "stop")
+        server.process.send_signal(signal.SIGTERM)
+        assert server.end()[0] == 0
 
 
 def test_a_folder_of_ones_own(tmp_path: Path) -> None:

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
+import re
+from collections.abc import AsyncIterator
 
 import pytest
-from client import Connection, ask, infer, request_bytes
+from client import Answer, Connection, ask, infer, request_bytes
 from support import DEADLINE_S, null_model, serving, until
 
 from realtime_serve import InferenceServer
+from realtime_serve.http import body, listener
 
 
 async def test_a_connection_too_many_is_told_so_at_once() -> None:
@@ -39,15 +43,106 @@ async def test_many_idle_connections_keep_nobody_out() -> None:
         assert server.connections <= 64
 
 
-async def test_a_silent_connection_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("realtime_serve.http.listener._HEADERS_WITHIN_S", 0.05)
-    async with serving() as server:
-        async with await Connection.open(server.port) as silent:
-            assert await silent.is_closed()
-        async with await Connection.open(server.port) as dripping:
-            dripping.send(b"POST /infer HTTP/1.1\r\nX-Slow: ")
-            assert await dripping.is_closed()
+async def drip(connection: Connection, data: bytes) -> None:
+    """Sends a byte at a time, for as long as it is let."""
+    for byte in itertools.cycle(data):
+        connection.send(bytes((byte,)))
+        await asyncio.sleep(0.001)
+
+
+@contextlib.asynccontextmanager
+async def dripping(connection: Connection, data: bytes) -> AsyncIterator[None]:
+    sender = asyncio.ensure_future(drip(connection, data))
+    try:
+        yield
+    finally:
+        sender.cancel()
+
+
+def is_408(answer: Answer, what: str) -> bool:
+    error = answer.error()
+    return (answer.status, error["code"]) == (408, "request_timeout") and f"the {what} did not arrive" in error[
+        "message"
+    ]
+
+
+@pytest.fixture
+def short_headers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener, "_HEADERS_WITHIN_S", 0.05)
+
+
+ASKED = request_bytes("GET", "/health")
+HEAD = b"POST /infer HTTP/1.1\r\nHost: t\r\n"
+
+
+@pytest.mark.parametrize("before", [b"", ASKED], ids=["at first", "after an answer"])
+@pytest.mark.usefixtures("short_headers")
+async def test_a_silent_connection_is_closed(before: bytes) -> None:
+    async with serving() as server, await Connection.open(server.port) as silent:
+        if before:
+            silent.send(before)
+            assert (await silent.answer()).status == 200
+        assert await silent.is_closed()
         await until(lambda: server.connections == 0)
+
+
+@pytest.mark.parametrize("before", [b"", ASKED], ids=["at first", "after an answer"])
+@pytest.mark.usefixtures("short_headers")
+async def test_headers_that_drip_are_cut(before: bytes) -> None:
+    async with serving() as server, await Connection.open(server.port) as slow:
+        if before:
+            slow.send(before)
+            assert (await slow.answer()).status == 200
+        slow.send(HEAD)
+        async with dripping(slow, b"X: abcdefghijklmnopqrstuvwxyz\r\n"):
+            assert is_408(await slow.answer(), "headers")
+        await until(lambda: server.connections == 0)
+
+
+@pytest.mark.usefixtures("short_headers")
+async def test_a_body_that_came_with_its_request_is_no_half_of_the_next() -> None:
+    async with serving() as server, await Connection.open(server.port) as silent:
+        body = json.dumps({"prompt": "x", "max_tokens": 1, "stream": False}).encode()
+        silent.send(request_bytes("POST", "/infer", Content_Length=str(len(body))))
+        await until(lambda: server._listener._open and next(iter(server._listener._open))._unanswered == 1)
+        silent.send(body)
+        assert (await silent.answer()).status == 200
+        assert await silent.is_closed()
+
+
+@pytest.mark.parametrize("framing", ["Content-Length: 1000", "Transfer-Encoding: chunked"])
+async def test_a_body_that_drips_is_cut(monkeypatch: pytest.MonkeyPatch, framing: str) -> None:
+    monkeypatch.setattr(body, "_WITHIN_S", 0.05)
+    async with serving() as server, await Connection.open(server.port) as slow:
+        slow.send(HEAD + framing.encode() + b"\r\n\r\n")
+        async with dripping(slow, b"1\r\n \r\n"):
+            assert is_408(await slow.answer(), "body")
+        assert server.stream_manager.open_count() == 0
+        # What still comes of it is read for a while, and is no request.
+        async with await Connection.open(server.port) as other:
+            assert (await other.ask("GET", "/health")).status == 200
+
+
+@pytest.mark.usefixtures("short_headers")
+async def test_a_request_that_takes_longer_than_its_headers_may_is_served() -> None:
+    async with serving(null_model(step_ms=20)) as server:
+        assert len((await infer(server.port, max_tokens=10)).events()) == 11
+
+
+@pytest.mark.parametrize("closing", [{}, {"Connection": "close"}], ids=["keep-alive", "close"])
+async def test_a_json_answer_that_is_not_read_is_cut(closing: dict[str, str], caplog: pytest.LogCaptureFixture) -> None:
+    async with (
+        serving(null_model(max_seq_length=100_000), slow_reader_timeout=0.001) as server,
+        await Connection.open(server.port, receive_buffer=4096) as reader,
+    ):
+        body = {"prompt": "x", "max_tokens": 10_000, "stream": False}
+        reader.send(request_bytes("POST", "/infer", body, **closing))
+        reader.writer.transport.pause_reading()
+        await until(lambda: server.connections == 1)
+        await until(lambda: server.connections == 0)
+    assert [record.getMessage() for record in caplog.records if "unread" in record.getMessage()] == [
+        "a client that left its answer unread for 1.001 s is cut off"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -103,6 +198,25 @@ async def test_a_reader_that_comes_back_in_time_gets_everything() -> None:
             answer = await reader.answer()
             assert len(answer.events()) == 60_001
         assert counts(server)["cut"] == 0
+
+
+async def test_others_run_to_their_end_while_a_reader_is_behind() -> None:
+    async with serving(null_model(max_seq_length=100_000), slow_reader_timeout=DEADLINE_S) as server:
+        async with await stalled_reader(server):
+            worker = server.model_registry.get_model("null").worker
+            # Its connection takes no more, then its ring is full, then its sequence waits.
+            await until(lambda: counts(server)["slowed"] == 1)
+            await until(lambda: worker.stats()["worker"]["stalls"] >= 1)
+            steps = worker.client.channel.steps
+            assert len((await infer(server.port, max_tokens=3000)).events()) == 3001
+            assert worker.client.channel.steps >= steps + 3000
+            assert counts(server)["coalesced"] > 0
+            text = (await ask(server.port, "GET", "/metrics")).body.decode()
+            paused = re.search(r'^rts_paused_sequences_total{model="null",version="1.0.0"} (\d+)', text, re.MULTILINE)
+            assert int(paused[1]) >= 1
+            assert (counts(server)["cut"], server.stream_manager.open_count()) == (0, 1)
+        await until(lambda: server.stream_manager.open_count() == 0)
+        await until(lambda: worker.stats()["worker"]["running"] == 0)
 
 
 async def test_step_and_gap_metrics() -> None:

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
+from dataclasses import fields
 
 import pytest
 import pytest_asyncio
 from client import Connection, ask, infer, request_bytes
 from support import null_model, serving, until, worker_pid
 
-from realtime_serve import InferenceServer
+from realtime_serve import InferenceRequest, InferenceServer
 from realtime_serve.engine import supervisor
 
 
@@ -72,6 +74,110 @@ async def test_bodies(
     assert (answer.status, error["code"], error["param"]) == (status, code, param)
     assert (await infer(server.port, max_tokens=127)).status == 200
     assert server.stream_manager.open_count() == 0
+
+
+FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "timeout")
+INTEGERS = ("max_tokens", "top_k", "seed")
+FLAGS = ("ignore_eos", "logprobs", "stream")
+NO_NUMBER = ('"1"', "true", "[1]", '{"a": 1}', '""')
+BEYOND = ("-1e300", "1e300", "-2147483649", "18446744073709551616", "9" * 300)
+WRONG = {
+    **dict.fromkeys(FLOATS, (*NO_NUMBER, *BEYOND)),
+    **dict.fromkeys(INTEGERS, (*NO_NUMBER, *BEYOND, "1.5", "1.0", "1e3")),
+    **dict.fromkeys(FLAGS, ("0", "1", '"true"', "[]", "{}", '""')),
+    "model": ("1", "true", "[]", "{}", '""', json.dumps("x" * 300)),
+    "prompt": ("1", "true", "[]", '["x"]', "{}", '""'),
+    "stop": ("1", "true", "{}", '""', '[""]', "[1]", "[[]]", json.dumps(["a"] * 17), json.dumps("x" * 300)),
+    "priority": ("1", "true", "[]", "{}", '""', '"URGENT"', '"NORMAL "'),
+    "client_id": ("1", "true", "[]", "{}", json.dumps("x" * 300)),
+    "metadata": ("1", "true", "[]", '""', '"x"'),
+}
+
+
+async def refused(connection: Connection, body: str | bytes, path: str = "/infer") -> dict[str, object]:
+    """The error of a body that is no valid request; the connection serves on."""
+    answer = await connection.ask("POST", path, body.encode() if isinstance(body, str) else body)
+    assert (answer.status, answer.error()["type"]) == (400, "invalid_request_error"), body[:100]
+    return answer.error()
+
+
+def test_the_table_has_every_field() -> None:
+    assert WRONG.keys() == {field.name for field in fields(InferenceRequest)} - {"request_id"} | {"stream"}
+
+
+@pytest.mark.parametrize("name", WRONG)
+async def test_wrong_values(server: InferenceServer, name: str) -> None:
+    async with await Connection.open(server.port) as connection:
+        for value in WRONG[name]:
+            prompt = "" if name == "prompt" else '"prompt": "x", '
+            error = await refused(connection, f'{{{prompt}"{name}": {value}}}')
+            assert (error["param"], error["code"]) == (name, "invalid_value"), value
+            assert len(error["message"]) < 400
+        assert len((await connection.ask("POST", "/infer", {"prompt": "x", "max_tokens": 2})).events()) == 3
+
+
+@pytest.mark.parametrize("path", ["/infer", "/infer_stream"])
+@pytest.mark.parametrize("name", [*FLOATS, *INTEGERS, "metadata"])
+async def test_numbers_that_are_none(server: InferenceServer, name: str, path: str) -> None:
+    async with await Connection.open(server.port) as connection:
+        for value in ("NaN", "Infinity", "-Infinity", "1e999", "-1e999", "01", "+1", "0x10", "1.", ".5"):
+            error = await refused(connection, f'{{"prompt": "x", "{name}": {value}}}', path)
+            assert error["code"] == "invalid_json", value
+        assert (await connection.ask("GET", "/health")).status == 200
+
+
+async def test_half_of_a_surrogate_pair(server: InferenceServer) -> None:
+    async with await Connection.open(server.port) as connection:
+        for half in (r"\ud800", r"\udfff", r"a\ud800b", r"\ude00\ud83d"):
+            for body in (
+                f'{{"prompt": "{half}"}}',
+                f'{{"prompt": "x", "model": "{half}"}}',
+                f'{{"prompt": "x", "stop": "{half}"}}',
+                f'{{"prompt": "x", "stop": ["a", "{half}"]}}',
+                f'{{"prompt": "x", "client_id": "{half}"}}',
+                f'{{"prompt": "x", "priority": "{half}"}}',
+                f'{{"prompt": "x", "metadata": {{"{half}": 1}}}}',
+                f'{{"prompt": "x", "metadata": {{"a": ["{half}"]}}}}',
+                f'{{"prompt": "x", "{half}": 1}}',
+            ):
+                assert (await refused(connection, body))["code"] == "invalid_json"
+        assert len((await connection.ask("POST", "/infer", {"prompt": "\U0001f600", "max_tokens": 1})).events()) == 2
+
+
+@pytest.mark.parametrize("opening", ["[", '{"prompt":', '{"prompt": "x", "metadata": {"a":' + "["])
+async def test_deep_nesting(opening: str) -> None:
+    async with serving() as server, await Connection.open(server.port) as connection:
+        for body in (opening * 100_000, opening + "[" * 100_000 + "]" * 100_000):
+            assert (await refused(connection, body))["code"] == "invalid_json"
+        assert (await connection.ask("GET", "/health")).status == 200
+
+
+@pytest.mark.parametrize("body", ["[]", '"x"', "1", "null", "true", "1e400", "{} {}", "{}x", "\ufeff{}", " "])
+async def test_what_is_no_object(server: InferenceServer, body: str) -> None:
+    async with await Connection.open(server.port) as connection:
+        assert (await refused(connection, body))["code"] == "invalid_json"
+        assert (await connection.ask("GET", "/health")).status == 200
+
+
+@pytest.mark.parametrize("framing", ["length", "chunks"])
+async def test_a_body_too_large(server: InferenceServer, framing: str) -> None:
+    async with await Connection.open(server.port) as connection:
+        if framing == "length":
+            connection.send(request_bytes("POST", "/infer", b" " * 100_000))
+        else:
+            chunks = b"3e8\r\n" + b" " * 1000 + b"\r\n"
+            connection.send(request_bytes("POST", "/infer", Transfer_Encoding="chunked") + chunks * 100 + b"0\r\n\r\n")
+        answer = await connection.answer()
+        assert (answer.status, answer.error()["code"]) == (413, "body_too_large")
+        assert "4096 bytes" in answer.error()["message"]
+        # What was too much is read and dropped.
+        assert (await connection.ask("GET", "/health")).status == 200
+
+
+async def test_a_model_that_is_not_served(server: InferenceServer) -> None:
+    for name in ("other", "NULL", "null ", "../null", "n\u00fcll", "\0", "a\nb", "x" * 256):
+        answer = await infer(server.port, model=name)
+        assert (answer.status, answer.error()["code"], answer.error()["param"]) == (404, "model_not_found", "model")
 
 
 async def test_bytes_that_are_not_http_close_their_connection_alone(server: InferenceServer) -> None:

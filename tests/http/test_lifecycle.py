@@ -148,7 +148,7 @@ async def test_a_client_that_never_reads_does_not_keep_it_from_stopping() -> Non
 
 def stalled(server: InferenceServer) -> bool:
     """Whether a connection of the server holds bytes that its client does not take."""
-    return any(transport.get_write_buffer_size() for transport in server._listener._transports)
+    return any(connection._client.get_write_buffer_size() for connection in server._listener._open)
 
 
 async def reading_nothing(server: InferenceServer, max_tokens: int) -> Connection:
@@ -159,19 +159,13 @@ async def reading_nothing(server: InferenceServer, max_tokens: int) -> Connectio
     return connection
 
 
-def read_on(connection: Connection) -> None:
-    """With a buffer of a usual size: through a tiny one megabytes come at the pace of the kernel's timers."""
-    connection.writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1 << 20)
-    connection.writer.transport.resume_reading()
-
-
 async def test_a_stream_that_its_slow_reader_pauses_finishes_within_the_grace() -> None:
     async with serving(null_model(max_seq_length=100_000), graceful_shutdown_timeout=DEADLINE_S) as server:
         async with await reading_nothing(server, 60_000) as connection:
             await until(lambda: server.model_registry.get_model("null").worker.stats()["worker"]["stalls"])
             stopping = asyncio.ensure_future(server.stop())
             await until(lambda: server._service.is_draining)
-            read_on(connection)
+            connection.writer.transport.resume_reading()
             answer = await connection.answer()
             assert len(answer.events()) == 60_001
             assert answer.events()[-1].data["finish_reason"] == "length"
@@ -186,7 +180,7 @@ async def test_a_slow_reader_whose_stream_outlasts_the_grace_is_told_so(monkeypa
             listener = server._listener
             stopping = asyncio.ensure_future(server.stop())
             await until(lambda: listener._runner.server is None)  # it has had its time
-            read_on(connection)
+            connection.writer.transport.resume_reading()
             *tokens, last = (await connection.answer()).events()
             assert (last.name, last.data["finish_reason"]) == ("done", "cancelled")
             assert last.data["usage"]["completion_tokens"] == len(tokens) < 90_000
@@ -218,7 +212,7 @@ async def test_what_a_slow_client_has_not_taken_yet_is_not_lost() -> None:
             for _ in range(3):
                 await asyncio.sleep(0)
             assert not stopping.done()
-            read_on(connection)
+            connection.writer.transport.resume_reading()
             for _ in range(count):
                 assert len((await connection.answer()).events()) == 301
             await stopping
