@@ -357,10 +357,19 @@ void EngineCore::wait() {
     while (::poll(sleeping_on.data(), sleeping_on.size(), -1) < 0 && errno == EINTR) {
     }
   }
+  // What has not rung needs no system call; what rings from here on wakes the next sleep for nothing.
+  auto slept_on = sleeping_on.cbegin();
+  const auto rang = [&] { return ((slept_on++)->revents & POLLIN) != 0; };
+  if (rang()) eventfd::drain(wake_fd_.get());
   for (const std::unique_ptr<Attached>& attached : channels_) {
-    if (attached) attached->channel->worker_bell().consume();
+    if (!attached) continue;
+    const Doorbell bell = attached->channel->worker_bell();
+    if (rang()) {
+      bell.consume();
+    } else {
+      bell.disarm();
+    }
   }
-  eventfd::drain(wake_fd_.get());
 }
 
 // Only once the bells are armed: a front end that takes the request then rings a bell that wakes.

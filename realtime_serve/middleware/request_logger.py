@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 import time
 from typing import Any
+
+import msgspec
 
 from realtime_serve.errors import ServeError
 from realtime_serve.middleware.chain import Handler
@@ -101,7 +102,7 @@ class RequestLogger:
             "priority": request.priority.name,
             **details,
         }
-        self._log.log(level, "%s", json.dumps(line, separators=(",", ":")))
+        self._log.log(level, "%s", msgspec.json.encode(line).decode())
 
 
 def _ms_since(started: float) -> float:

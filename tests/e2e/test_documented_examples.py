@@ -17,7 +17,9 @@ from realtime_serve import InferenceRequest, InferenceServer, ServerConfig
 from realtime_serve.errors import InvalidRequestError
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
-SERVER, CLIENT, EMBEDDED, CLASSIFIER, GENERATOR, MIDDLEWARE = re.findall(r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+SERVER, CLIENT, EMBEDDED, CLASSIFIER, GENERATOR, MIDDLEWARE = re.findall(
+    r"^```python\n(.*?)^```$", README, re.MULTILINE | re.DOTALL
+)
 DEFAULT_MODEL = '"smollm2-135m-instruct"'
 
 # The published package's quick start and client.
