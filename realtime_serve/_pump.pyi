@@ -75,6 +75,8 @@ class Pump:
         writes; coalesced, tokens that shared a write with the one before; slowed, times that a connection fell behind
         and its streams were held in their rings; cut, connections that were behind for too long.
         """
+    def serve_ready(self) -> None:
+        """Serves what has come, where something has, before the event loop's turn for it."""
     @property
     def open_streams(self) -> int: ...
     @property

@@ -288,15 +288,17 @@ class InferenceServer:
         self._stop_requested.set()
 
     async def _listen_http(self) -> None:
-        from realtime_serve.http.app import build_app
+        from realtime_serve.http.app import HttpApp
         from realtime_serve.http.listener import Listener
 
         assert self._socket is not None
         self._listener = Listener(
-            build_app(self._service),
+            HttpApp(self._service),
             max_connections=self.config.max_connections,
+            max_body_bytes=self.config.max_body_bytes,
             slow_reader_timeout=self.config.slow_reader_timeout,
             on_refused=self._service.metrics.refused_connections.inc,
+            before_request=self._service.streams.serve_ready,
         )
         await self._listener.start(self._socket)
 

@@ -453,6 +453,11 @@ cdef class Pump:
                 return
         self.loop.call_soon(self._on_bell)
 
+    def serve_ready(self):
+        """Serves what has come, where something has, before the event loop's turn for it."""
+        if self.running and self.shared.get().any_ready():
+            self._on_bell()
+
     cdef bint serve(self, Stream stream):
         """Moves what a stream's ring holds towards its reader; whether the stream is served to its end.
 

@@ -64,6 +64,7 @@ cdef extern from "rts/channel.hpp" namespace "rts" nogil:
     cdef cppclass Channel:
         int front_bell_fd()
         Bell front_bell()
+        cbool any_ready()
 
 cdef extern from "rts/sse_writer.hpp" namespace "rts" nogil:
     cdef cppclass FrameBuffer:

@@ -16,7 +16,7 @@ class AdminHandlers:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
-    async def health(self, request: web.Request) -> web.Response:
+    async def health(self, request: web.BaseRequest) -> web.Response:
         """Liveness: 200 while steps make progress; 503 where a model has work and has made no step for too long."""
         stalled = self._service.stalled_models()
         if not stalled:
@@ -24,7 +24,7 @@ class AdminHandlers:
         # The step that is awaited may end at any moment.
         return web.json_response({"status": "stalled", "stalled": stalled}, status=503, headers=retry_headers(1.0))
 
-    async def ready(self, request: web.Request) -> web.Response:
+    async def ready(self, request: web.BaseRequest) -> web.Response:
         """Readiness: 200 while every model can serve and no shutdown has begun."""
         waiting = self._service.not_ready()
         body = {"ready": not waiting, "waiting_for": waiting}
@@ -32,10 +32,10 @@ class AdminHandlers:
             return web.json_response(body)
         return web.json_response(body, status=503, headers=retry_headers(self._service.ready_after()))
 
-    async def models(self, request: web.Request) -> web.Response:
+    async def models(self, request: web.BaseRequest) -> web.Response:
         return web.json_response({"models": self._models()})
 
-    async def status(self, request: web.Request) -> web.Response:
+    async def status(self, request: web.BaseRequest) -> web.Response:
         """All of it in one object, for a person."""
         service = self._service
         return web.json_response(
@@ -49,7 +49,7 @@ class AdminHandlers:
             }
         )
 
-    async def metrics(self, request: web.Request) -> web.Response:
+    async def metrics(self, request: web.BaseRequest) -> web.Response:
         """Prometheus' text format."""
         return web.Response(body=self._service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import os
 
 from aiohttp import web
 
@@ -18,17 +18,18 @@ class InferHandlers:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
-    async def infer(self, request: web.Request) -> web.StreamResponse:
+    async def infer(self, request: web.BaseRequest) -> web.StreamResponse:
         """Streams, unless the body's `stream` or the Accept header asks for one JSON object."""
         return await self._answer(request, streams=None)
 
-    async def infer_stream(self, request: web.Request) -> web.StreamResponse:
+    async def infer_stream(self, request: web.BaseRequest) -> web.StreamResponse:
         return await self._answer(request, streams=True)
 
-    async def _answer(self, request: web.Request, *, streams: bool | None) -> web.StreamResponse:
-        request_id = uuid.uuid4().hex
+    async def _answer(self, request: web.BaseRequest, *, streams: bool | None) -> web.StreamResponse:
+        self._service.streams.serve_ready()  # many requests in one turn of the event loop are not to hold up streams
+        request_id = os.urandom(16).hex()
         with self._service.metrics.counts_refusals():
-            body = await read_body(request)
+            body = await read_body(request, self._service.config.max_body_bytes)
             parsed = parse_infer(body, request_id=request_id, defaults=self._service.config)
         if streams is None:
             streams = parsed.stream
@@ -48,7 +49,7 @@ class InferHandlers:
 
 
 class _EventStream:
-    def __init__(self, request: web.Request, request_id: str) -> None:
+    def __init__(self, request: web.BaseRequest, request_id: str) -> None:
         self._request = request
         self._headers = {"X-Request-Id": request_id}
         self.response: web.StreamResponse | None = None

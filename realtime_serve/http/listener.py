@@ -8,12 +8,13 @@ import json
 import logging
 import math
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 from itertools import islice
 from typing import Any, cast
 
 from aiohttp import web
+from aiohttp.abc import AbstractStreamWriter
 from aiohttp.http_exceptions import BadHttpMethod, HttpProcessingError
 from aiohttp.http_parser import RawRequestMessage
 from aiohttp.streams import StreamReader
@@ -51,14 +52,19 @@ class Listener:
 
     def __init__(
         self,
-        app: web.Application,
+        app: Callable[[web.BaseRequest], Awaitable[web.StreamResponse]],
         *,
         max_connections: int,
+        max_body_bytes: int,
         slow_reader_timeout: float,
         on_refused: Callable[[], object] = lambda: None,
+        before_request: Callable[[], object] = lambda: None,
     ) -> None:
-        """`on_refused` is called for each connection too many."""
-        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None, shutdown_timeout=_HANDLERS_END_S)
+        """`on_refused` is called for each connection too many, `before_request` before a client's data is looked at."""
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self.before_request = before_request
+        self._runner: web.ServerRunner | None = None
         self._max_connections = max_connections
         self.reads_within_s = slow_reader_timeout + _AFTER_THE_PUMP_S
         """What a client may leave unread before it is cut."""
@@ -77,6 +83,8 @@ class Listener:
         return len(self._open)
 
     async def start(self, sock: socket.socket) -> None:
+        server = web.Server(self._app, request_factory=self._request, handler_cancellation=True)
+        self._runner = web.ServerRunner(server, shutdown_timeout=_HANDLERS_END_S)
         await self._runner.setup()
         self._max_connections = room_for(self._max_connections)
         self._socket = sock
@@ -89,11 +97,23 @@ class Listener:
         await asyncio.gather(*self._connecting)
         for refusal in list(self._refusals):
             refusal.abort()
-        await self._runner.cleanup()
+        if self._runner is not None:
+            await self._runner.cleanup()
         hurried = hurry is not None and hurry.is_set()
         await self._flushed(_LAST_BYTES_S if hurried else max(flush_s, _LAST_BYTES_S), None if hurried else hurry)
         for connection in list(self._open):
             connection.abort()
+
+    def _request(
+        self,
+        message: RawRequestMessage,
+        payload: StreamReader,
+        protocol: web.RequestHandler,
+        writer: AbstractStreamWriter,
+        task: asyncio.Task[None],
+    ) -> web.BaseRequest:
+        loop = asyncio.get_running_loop()
+        return web.BaseRequest(message, payload, protocol, writer, task, loop, client_max_size=self._max_body_bytes)
 
     def _stop_accepting(self) -> None:
         if self._socket is not None:
@@ -144,6 +164,7 @@ class Listener:
 
     def _protocol(self) -> _Connection | _Refusal:
         if len(self._open) < self._max_connections:
+            assert self._runner is not None
             assert self._runner.server is not None
             connection = _Connection(self, self._runner.server)
             self._open.add(connection)
@@ -218,6 +239,7 @@ class _Connection(web.RequestHandler):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
+        self._listener.before_request()
         known = len(self._messages)
         super().data_received(data)
         self._awaits_rest = self._awaits_request()

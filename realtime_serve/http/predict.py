@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import uuid
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -41,16 +41,16 @@ class PredictHandlers:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
-    async def predict(self, request: web.Request) -> web.Response:
+    async def predict(self, request: web.BaseRequest) -> web.Response:
         """`input` or `inputs` of a JSON body, or the body itself as one input, whose content type says what it is.
 
         The answer is in the form that Accept names; without one JSON for JSON, and for other bodies what fits.
         """
-        request_id = uuid.uuid4().hex
+        request_id = os.urandom(16).hex()
         is_json = request.content_type in _JSON_TYPES or "Content-Type" not in request.headers
         parse = _parse_json if is_json else _parse_raw
         with self._service.metrics.counts_refusals():
-            body = await read_body(request)
+            body = await read_body(request, self._service.config.max_body_bytes)
             parsed, is_single = parse(request, body, request_id, self._service.config)
         if not parsed.client_id:
             parsed.client_id = request.remote or ""
@@ -66,7 +66,7 @@ class PredictHandlers:
 
 
 def _parse_json(
-    request: web.Request, body: bytes, request_id: str, defaults: ServerConfig
+    request: web.BaseRequest, body: bytes, request_id: str, defaults: ServerConfig
 ) -> tuple[PredictRequest, bool]:
     raw = decode_object(body, _decoder)
     check_names(raw, _FIELDS)
@@ -101,7 +101,7 @@ def _inputs(raw: dict[str, msgspec.Raw]) -> tuple[list[msgspec.Raw], bool]:
 
 
 def _parse_raw(
-    request: web.Request, body: bytes, request_id: str, defaults: ServerConfig
+    request: web.BaseRequest, body: bytes, request_id: str, defaults: ServerConfig
 ) -> tuple[PredictRequest, bool]:
     if request.content_type.startswith("multipart/"):
         raise UnsupportedMediaTypeError(
@@ -129,7 +129,7 @@ def _request(
     return PredictRequest(request_id, settings.pop("model", None), inputs, output_kind=output_kind, **settings)
 
 
-def _wanted(request: web.Request) -> PayloadKind | None:
+def _wanted(request: web.BaseRequest) -> PayloadKind | None:
     """The form of answer that Accept names, where it names one that there is."""
     for part in request.headers.get("Accept", "").split(","):
         kind = _OUTPUT_KINDS.get(part.partition(";")[0].strip().lower())

@@ -46,7 +46,7 @@ class EventStreamResponse(web.StreamResponse):
     answered with its own status.
     """
 
-    def __init__(self, request: web.Request, stream: Stream, headers: dict[str, str]) -> None:
+    def __init__(self, request: web.BaseRequest, stream: Stream, headers: dict[str, str]) -> None:
         super().__init__(headers={"Content-Type": "text/event-stream", "Cache-Control": "no-cache", **headers})
         self._request = request
         self._stream = stream
