@@ -57,8 +57,9 @@ class BatchScheduler:
         self.model = model
         self.config = config or BatchConfig()
         self._max_queue = max_queue
-        self._queue = PriorityQueue(capacity=max_queue, ageing_ns=ageing_ms * 1_000_000)
-        self._requests: dict[int, _Waiting] = {}  # by number, so by arrival
+        self._ageing_ns = ageing_ms * 1_000_000
+        self._queue = self._new_queue()
+        self._requests: dict[int, _Waiting] = {}  # by number; the queue may have withdrawn ones as well
         self._earliest_deadline = math.inf  # of those
         self._next_number = 0
         self._changed = asyncio.Event()
@@ -77,19 +78,32 @@ class BatchScheduler:
         """Queues a request. Raises QueueFullError, at once, where `max_queue` wait."""
         self.enqueue_nowait(request)
 
-    def enqueue_nowait(self, request: Batchable, *, arrival: float | None = None, deadline: float = math.inf) -> None:
-        """The same for who cannot await. `arrival`, now if none is given, and `deadline`, by which the request's batch
-        should be done, are seconds of the event loop's clock."""
-        now = self._clock() if arrival is None else arrival
-        if not self._queue.push(request.priority.value, int(now * 1e9), 0, self._next_number):
+    def enqueue_nowait(self, request: Batchable, *, arrival: float | None = None, deadline: float = math.inf) -> int:
+        """The same for who cannot await; the number to withdraw it by. `arrival`, now if none is given, and `deadline`,
+        by which the request's batch should be done, are seconds of the event loop's clock."""
+        if len(self._requests) >= self._max_queue:
             raise QueueFullError(
                 f"model {self.model!r} has {self._max_queue} requests waiting, which is all it takes",
                 retry_after=max(1.0, self._step_s * self._max_queue / self.config.max_batch_size),
             )
-        self._requests[self._next_number] = _Waiting(request, now, deadline)
-        self._earliest_deadline = min(self._earliest_deadline, deadline)
+        number = self._next_number
         self._next_number += 1
+        waiting = _Waiting(request, self._clock() if arrival is None else arrival, deadline)
+        self._requests[number] = waiting
+        if not self._push(number, waiting):  # half of it and more has been withdrawn
+            self._queue = self._new_queue()
+            for known in self._requests.items():
+                self._push(*known)
+        self._earliest_deadline = min(self._earliest_deadline, deadline)
         self._total_requests += 1
+        self._changed.set()
+        return number
+
+    def withdraw(self, number: int) -> None:
+        """Takes a request out that nobody waits for any more; nothing where it is in a batch already."""
+        gone = self._requests.pop(number, None)
+        if gone is not None and gone.deadline == self._earliest_deadline:
+            self._find_earliest_deadline()
         self._changed.set()
 
     async def get_batch(self, limit: int | None = None) -> list[Any]:
@@ -98,10 +112,13 @@ class BatchScheduler:
         if self._released_at is not None:
             self._learn_step(self._clock() - self._released_at)
             self._released_at = None
-        while not self._requests:
-            await self._change(None)
         most = self.config.max_batch_size if limit is None else min(limit, self.config.max_batch_size)
-        self._last_release = await self._fill(most)
+        reason = None
+        while reason is None:
+            while not self._requests:
+                await self._change(None)
+            reason = await self._fill(most)
+        self._last_release = reason
         return self._release(most)
 
     @property
@@ -113,7 +130,8 @@ class BatchScheduler:
         return len(self._requests)
 
     def queue_depth(self) -> dict[str, int]:
-        return {priority.name: self._queue.size_of(priority.value) for priority in RequestPriority}
+        depth = Counter(waiting.request.priority for waiting in self._requests.values())
+        return {priority.name: depth[priority] for priority in RequestPriority}
 
     def stats(self) -> dict[str, Any]:
         batches = self._batches.total()
@@ -129,10 +147,10 @@ class BatchScheduler:
             "batch_sizes": dict(self._sizes),
         }
 
-    async def _fill(self, most: int) -> str:
-        """Waits until the batch is to be released; why it is."""
+    async def _fill(self, most: int) -> str | None:
+        """Waits until the batch is to be released; why it is, or None where all its requests were withdrawn."""
         config = self.config
-        first = self._oldest_arrival()
+        first = min(waiting.arrival for waiting in self._requests.values())
         latest = first + config.max_wait_ms / 1e3
         fewest = min(config.min_batch_size, most)
         wanted = max(fewest, min(most, self._last_size))  # as many as are worth waiting for
@@ -150,16 +168,19 @@ class BatchScheduler:
                     return "idle"
                 until = min(until, patience)
             await self._change(until - now)
+            if not self._requests:
+                return None
         return "full"
 
     def _release(self, most: int) -> list[Any]:
         now = self._clock()
         batch: list[Any] = []
         while len(batch) < most and (number := self._queue.pop(int(now * 1e9))) is not None:
-            waiting = self._requests.pop(number)
+            if (waiting := self._requests.pop(number, None)) is None:
+                continue  # withdrawn
             batch.append(waiting.request)
             self._total_wait_s += now - waiting.arrival
-        self._earliest_deadline = min((left.deadline for left in self._requests.values()), default=math.inf)
+        self._find_earliest_deadline()
         self._batches[self._last_release] += 1
         self._sizes[len(batch)] += 1
         self._last_size = len(batch)
@@ -170,8 +191,15 @@ class BatchScheduler:
     def _learn_step(self, seconds: float) -> None:
         self._step_s = seconds if self._step_s == 0.0 else _MEMORY * self._step_s + (1 - _MEMORY) * seconds
 
-    def _oldest_arrival(self) -> float:
-        return next(iter(self._requests.values())).arrival
+    def _new_queue(self) -> PriorityQueue:
+        # Twice the size: what was withdrawn stays in it until it is popped, or the queue made anew.
+        return PriorityQueue(capacity=2 * self._max_queue, ageing_ns=self._ageing_ns)
+
+    def _push(self, number: int, waiting: _Waiting) -> bool:
+        return self._queue.push(waiting.request.priority.value, int(waiting.arrival * 1e9), 0, number)
+
+    def _find_earliest_deadline(self) -> None:
+        self._earliest_deadline = min((waiting.deadline for waiting in self._requests.values()), default=math.inf)
 
     @staticmethod
     def _clock() -> float:

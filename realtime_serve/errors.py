@@ -220,8 +220,9 @@ def stream_error(code: str, detail: str = "") -> ServeError:
         case "worker_died":
             return WorkerDiedError("the worker died while it served this request; the request can be sent again")
         case "invalid_request":
+            # A worker's detail begins with the name of what was wrong.
             return InvalidRequestError(
-                detail or "the worker refused this request as malformed", "input" if detail else None, code
+                detail or "the worker refused this request as malformed", detail.partition(":")[0] or None, code
             )
         case "timeout":
             return TokenTimeoutError("the model gave no token within the request's timeout")

@@ -179,7 +179,9 @@ class ModelRegistry:
         else:
             path = await _in_daemon_thread(lambda: resolve_model(config))
             spec, isolation = LoadSpec(config, self._limits, self._log_level, path), self._isolation
-        worker = Supervisor(spec, self._streams.open_channel, isolation=isolation)
+        worker = Supervisor(
+            spec, self._streams.open_channel, isolation=isolation, hangs_after_s=self._streams.default_timeout
+        )
         try:
             worker.start()
             tokenizer = None

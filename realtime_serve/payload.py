@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,8 @@ from realtime_serve._core import PayloadKind
 
 # Of one input or output, encoded.
 MAX_PAYLOAD_BYTES = 64 << 20
+# Characters of a reason, which may hold anything.
+_MAX_SHOWN = 200
 
 
 class PayloadError(ValueError):
@@ -35,12 +38,15 @@ class Payload:
         """
         if isinstance(value, Payload):
             return value
-        if kind is PayloadKind.NONE:
-            kind = _natural_kind(value)
-        encode = _ENCODERS.get(kind)
-        if encode is None:
+        if kind not in _FORMS and kind is not PayloadKind.NONE:
             raise PayloadError(f"a payload cannot be made as {kind.name}")
-        data = encode(value)
+        try:
+            if kind is PayloadKind.NONE:
+                kind = _natural_kind(value)
+            data = _ENCODERS[kind](value)
+        except Exception as error:  # the value's own methods were called
+            form = _FORMS.get(kind, "a payload")
+            raise PayloadError(f"a {type(value).__name__} has no form as {form}: {_reason(error)}") from error
         if len(data) > MAX_PAYLOAD_BYTES:
             raise PayloadError(f"it has {len(data)} bytes; the most is {MAX_PAYLOAD_BYTES}")
         return cls(kind, data)
@@ -53,7 +59,7 @@ class Payload:
             case PayloadKind.NUMPY:
                 return _from_numpy(self.data)
             case PayloadKind.TEXT:
-                return self.data.decode()
+                return _from_text(self.data)
         return self.data
 
 
@@ -64,8 +70,8 @@ def _natural_kind(value: Any) -> PayloadKind:
 
 
 def _is_array(value: Any) -> bool:
-    """NumPy's, and what says that it can be one: tensors of torch among others. Scalars of NumPy are none."""
-    return (hasattr(value, "__array__") and getattr(value, "shape", None) not in (None, ())) or _is_tensor(value)
+    """NumPy's, and what says that it can be one: tensors of torch among others. A scalar is none, whoever's it is."""
+    return (hasattr(value, "__array__") or _is_tensor(value)) and getattr(value, "shape", None) not in (None, ())
 
 
 def _is_tensor(value: Any) -> bool:
@@ -75,32 +81,30 @@ def _is_tensor(value: Any) -> bool:
 def _to_numpy(value: Any) -> Any:
     import numpy as np
 
-    return np.asarray(value.detach().cpu() if _is_tensor(value) else value)
+    if not _is_tensor(value):
+        return np.asarray(value)
+    tensor = value.detach().cpu()
+    try:
+        return np.asarray(tensor)
+    except TypeError:  # bfloat16 and the 8-bit floats, which NumPy does not have
+        return np.asarray(tensor.float())
 
 
 def _encode_bytes(value: Any) -> bytes:
     if not isinstance(value, bytes | bytearray | memoryview):
-        raise PayloadError(f"a {type(value).__name__} is not bytes")
+        raise TypeError("it is something else")
     return bytes(value)
 
 
 def _encode_numpy(value: Any) -> bytes:
     import numpy as np
 
-    try:
-        array = _to_numpy(value)
-        out = io.BytesIO()
-        np.save(out, array, allow_pickle=False)
-    except Exception as error:
-        raise PayloadError(f"a {type(value).__name__} has no form as a NumPy array: {_reason(error)}") from error
+    array = _to_numpy(value)
+    if array.dtype.hasobject:
+        raise TypeError("it would be an array of Python objects")
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
     return out.getvalue()
-
-
-def _encode_json(value: Any) -> bytes:
-    try:
-        return _json_encoder.encode(value)
-    except Exception as error:
-        raise PayloadError(f"a {type(value).__name__} has no form in JSON: {_reason(error)}") from error
 
 
 def _plain(value: Any) -> Any:
@@ -110,13 +114,20 @@ def _plain(value: Any) -> Any:
     raise NotImplementedError(f"there is a {type(value).__name__} in it")
 
 
+def _from_text(data: bytes) -> str:
+    try:
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise PayloadError(f"it is not UTF-8: {_reason(error)}") from None
+
+
 def _from_json(data: bytes) -> Any:
     try:
         return _json_decoder.decode(data)
     except RecursionError:
         raise PayloadError("it is nested too deeply") from None
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise PayloadError(f"it is not valid JSON: {error}") from None
+        raise PayloadError(f"it is not valid JSON: {_reason(error)}") from None
 
 
 def _from_numpy(data: bytes) -> Any:
@@ -136,13 +147,9 @@ def _from_numpy(data: bytes) -> Any:
         shape, _, dtype = read_header(stream)
         if dtype.hasobject:
             raise PayloadError("arrays of Python objects are not taken")
-        items = 1
-        for size in shape:
-            items *= size
-        if items * dtype.itemsize != len(data) - stream.tell():
-            raise PayloadError(
-                f"its header says shape {shape} of {dtype}, and {len(data) - stream.tell()} bytes of data follow"
-            )
+        left = len(data) - stream.tell()
+        if dtype.itemsize == 0 or min(shape, default=0) < 0 or math.prod(shape) * dtype.itemsize != left:
+            raise PayloadError(f"its header says shape {_shown(shape)} of {_shown(dtype)}, and {left} bytes follow")
         stream.seek(0)
         return np.load(stream, allow_pickle=False)
     except PayloadError:
@@ -152,9 +159,18 @@ def _from_numpy(data: bytes) -> Any:
 
 
 def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """What an error says, in a line; its type where it says nothing."""
+    try:
+        return _shown(" ".join(str(error).split())) or type(error).__name__
+    except Exception:  # of a class whose own text fails
+        return type(error).__name__
+
+
+def _shown(value: Any) -> str:
+    return str(value)[:_MAX_SHOWN]
 
 
 _json_encoder = msgspec.json.Encoder(enc_hook=_plain)
 _json_decoder = msgspec.json.Decoder()
-_ENCODERS = {PayloadKind.BYTES: _encode_bytes, PayloadKind.NUMPY: _encode_numpy, PayloadKind.JSON: _encode_json}
+_ENCODERS = {PayloadKind.BYTES: _encode_bytes, PayloadKind.NUMPY: _encode_numpy, PayloadKind.JSON: _json_encoder.encode}
+_FORMS = {PayloadKind.BYTES: "bytes", PayloadKind.NUMPY: "a NumPy array", PayloadKind.JSON: "JSON"}

@@ -102,7 +102,7 @@ class InferenceService:
             )
         finally:
             model.record_inference(stream.token_count)
-            stream.close()
+            _end(stream, model)
 
     async def predict(self, request: PredictRequest) -> tuple[list[Payload], Outcome]:
         """Takes a request for a model that predicts through the middleware; its outputs, in the order of its inputs.
@@ -129,7 +129,7 @@ class InferenceService:
         finally:
             model.record_inference(0)
             for stream in streams:
-                stream.close()
+                _end(stream, model)
 
     def _model_for(self, request: Request) -> Model:
         """Its model's active version."""
@@ -176,3 +176,9 @@ class InferenceService:
     async def close(self) -> None:
         await self.registry.shutdown()
         await self.streams.shutdown()
+
+
+def _end(stream: Stream, model: Model) -> None:
+    if stream.error == "timeout":
+        model.worker.suspect()
+    stream.close()

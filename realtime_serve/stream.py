@@ -87,7 +87,7 @@ class StreamManager:
     ) -> None:
         if buffer_size < 1:
             raise ValueError(f"buffer_size must be at least 1 token; it is {buffer_size!r}")
-        self._default_timeout = _checked_timeout("default_timeout", default_timeout)
+        self.default_timeout = _checked_timeout("default_timeout", default_timeout)
         self._shape = ChannelShape(max_streams, buffer_size, slow_reader_timeout, max_payload_bytes)
         self._channels: list[weakref.ref[ChannelClient]] = []  # one that nobody uses gives its memory back
         self._local: ChannelClient | None = None
@@ -117,7 +117,7 @@ class StreamManager:
         Raises ValueError where a stream of that name is open, QueueFullError where there is no room for one more. Needs
         a running event loop.
         """
-        seconds = _checked_timeout("timeout", self._default_timeout if timeout is None else timeout)
+        seconds = _checked_timeout("timeout", self.default_timeout if timeout is None else timeout)
         existing = self._streams.get(stream_id)
         if existing is not None and not existing.is_closed:
             raise ValueError(f"stream {stream_id!r} already exists")

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Mapping
 from typing import Any
 
 import uvloop
 
-from realtime_serve import InferenceServer, ModelConfig, ServerConfig
+from realtime_serve import BatchConfig, InferenceServer, ModelConfig, ServerConfig
 from realtime_serve.engine.handles import ProcessWorker
 
 # Far beyond what anything here takes: a test that gets there hangs.
@@ -40,11 +40,16 @@ def worker_pid(server: InferenceServer, model: str = "null") -> int:
 
 
 @contextlib.asynccontextmanager
-async def serving(*models: ModelConfig, **settings: Any) -> AsyncIterator[InferenceServer]:
-    """A server that listens on a free port of the loopback and has loaded its models."""
+async def serving(
+    *models: ModelConfig,
+    loaders: Mapping[str, Callable[[ModelConfig], Any]] | None = None,
+    batching: BatchConfig | None = None,
+    **settings: Any,
+) -> AsyncIterator[InferenceServer]:
+    """A server that listens on a free port of the loopback and has loaded its models; those with a loader by it."""
     server = InferenceServer(ServerConfig(**{"host": "127.0.0.1", "port": 0, "isolation": "thread", **settings}))
     for model in models or (null_model(),):
-        server.register_model(model)
+        server.register_model(model, (loaders or {}).get(model.name), batching)
     running = asyncio.ensure_future(server.start())
     try:
         await until(lambda: running.done() or len(server.model_registry.models()) >= max(1, len(models)), "readiness")

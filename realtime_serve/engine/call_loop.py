@@ -16,6 +16,7 @@ from realtime_serve._core import (
     Channel,
     ChannelServer,
     FinishReason,
+    PayloadKind,
     StopMatcher,
     StreamError,
     Submission,
@@ -28,6 +29,10 @@ from realtime_serve.types import RequestPriority, StreamToken
 log = logging.getLogger(__name__)
 
 _PRIORITIES = tuple(RequestPriority)
+# What a model's health_check may take, where it is async.
+_HEALTH_WITHIN_S = 5.0
+# What is left of the model's own tasks when the loop ends may take so long to end as well.
+_LEAVE_WITHIN_S = 1.0
 
 
 class CallLoop:
@@ -52,6 +57,7 @@ class CallLoop:
         self._loop = loop
         self._scheduler = scheduler
         self._ports: dict[Channel, _Port] = {}
+        self._predicting: _Prediction | None = None  # the call of the model that is under way
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
         self._running = 0
@@ -78,6 +84,7 @@ class CallLoop:
         try:
             self._loop.run_until_complete(self._run())
         finally:
+            self._loop.run_until_complete(_end_what_is_left())
             self._loop.close()
 
     async def _run(self) -> None:
@@ -90,13 +97,13 @@ class CallLoop:
         await asyncio.gather(stopping, *self._tasks, return_exceptions=True)
         for channel in list(self._ports):
             self._detach(channel)
+        await asyncio.gather(serving, return_exceptions=True)
         try:
             await self._model.cleanup()
         except Exception:
             log.exception("the model's cleanup raised")
-        if not serving.cancelled() and serving.done():
+        if not serving.cancelled():
             serving.result()
-        await asyncio.gather(serving, return_exceptions=True)
 
     def _start(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = self._loop.create_task(work)
@@ -105,16 +112,18 @@ class CallLoop:
         return task
 
     async def _check_health(self, tell: Callable[[bool], None]) -> None:
+        is_well = False
         try:
-            tell(await self._model.is_well())
+            async with asyncio.timeout(_HEALTH_WITHIN_S):
+                is_well = await self._model.is_well()
         except Exception:
-            log.exception("the model's health_check raised")
-            tell(False)
+            log.exception("the model's health_check raised, or took longer than %.0f s", _HEALTH_WITHIN_S)
+        tell(is_well)
 
     # Requests in
 
     def _attach(self, channel: Channel) -> None:
-        port = self._ports[channel] = _Port(ChannelServer(channel), self._take_in)
+        port = self._ports[channel] = _Port(ChannelServer(channel), self._scheduler, self._take_in)
         self._loop.add_reader(port.server.bell_fd, self._on_bell, port)
         self._take_in()
 
@@ -124,6 +133,8 @@ class CallLoop:
         self._take_new(port)  # what is still in its lanes must not end in silence
         for call in list(port.calls.values()):
             call.end(FinishReason.CANCELLED)
+        if self._predicting is not None:
+            self._predicting.give_up_if_unwanted()
         port.server.flush()
 
     def _on_bell(self, port: _Port) -> None:
@@ -136,8 +147,11 @@ class CallLoop:
             server, is_armed = port.server, False
             while not is_armed:
                 self._take_new(port)
-                for slot in server.cancelled():
-                    port.calls[slot].cancel()
+                if gone := server.cancelled():
+                    for slot in gone:
+                        port.calls[slot].cancel()
+                    if self._predicting is not None:
+                        self._predicting.give_up_if_unwanted()
                 for slot in server.with_room():
                     port.calls[slot].room.set()
                 is_armed = server.arm()
@@ -147,20 +161,24 @@ class CallLoop:
         for submission in port.server.take():
             call = port.calls[submission.slot] = _Call(port, submission)
             deadline = submission.deadline_ns / 1e9 if submission.deadline_ns else math.inf
-            self._scheduler.enqueue_nowait(call, arrival=submission.arrival_ns / 1e9, deadline=deadline)
+            arrival = submission.arrival_ns / 1e9
+            call.queued_as = self._scheduler.enqueue_nowait(call, arrival=arrival, deadline=deadline)
 
     async def _next_batch(self, limit: int | None = None) -> list[_Call]:
         self._take_in()
-        while not (batch := [call for call in await self._scheduler.get_batch(limit) if call.is_open]):
-            self._take_in()  # those that it was made of have left
+        batch: list[_Call] = await self._scheduler.get_batch(limit)
+        release = BatchRelease.__members__[self._scheduler.last_release.upper()]
         for call in batch:
             call.server.start(call.slot)
+        for port in self._ports.values():
+            port.server.count_batch(len(batch), release)
+        self._running += len(batch)
+        self._flush()
         return batch
 
-    def _count_batch(self, size: int) -> None:
-        release = BatchRelease.__members__[self._scheduler.last_release.upper()]
+    def _count_step(self, started_ns: int) -> None:
         for port in self._ports.values():
-            port.server.count_batch(size, release)
+            port.server.count_step(time.monotonic_ns() - started_ns)
 
     def _flush(self) -> None:
         for port in self._ports.values():
@@ -170,47 +188,59 @@ class CallLoop:
     # predict
 
     async def _serve_predictions(self) -> None:
-        while True:
+        while not self._stopping.is_set():
             batch = await self._next_batch()
-            self._count_batch(len(batch))
-            self._running = len(batch)
-            started = time.monotonic_ns()
             await self._predict(_with_inputs(batch))
             self._running = 0
-            for port in self._ports.values():
-                port.server.count_step(time.monotonic_ns() - started)
             self._flush()
             await asyncio.sleep(0)  # commands' and slow readers' turn, also where the next batch is full already
 
     async def _predict(self, batch: list[tuple[_Call, Any]]) -> None:
         """Where the model raises, it is called again with each half of the batch: so the request that it raises for
         fails alone."""
+        batch = [(call, value) for call, value in batch if call.is_open]
         if not batch:
             return
+        started = time.monotonic_ns()
+        outputs: Any
         try:
-            outputs = await self._model.predict([value for _, value in batch])
-        except NonsenseError as error:
+            outputs = self._model.predict([value for _, value in batch])
+        except (Exception, SystemExit) as error:  # a SystemExit would end the event loop
+            outputs = error
+        if asyncio.iscoroutine(outputs):
+            self._predicting = _Prediction(outputs, [call for call, _ in batch])
+            try:
+                outputs = await self._predicting.outputs()
+            finally:
+                self._predicting = None
+        self._count_step(started)
+        if isinstance(outputs, NonsenseError):
             for call, _ in batch:
-                call.fail(str(error))
+                call.fail(str(outputs))
             return
-        except Exception as error:
-            if len(batch) == 1:
-                batch[0][0].raised(error)
-                return
-        else:
+        if isinstance(outputs, list):
             for (call, _), output in zip(batch, outputs, strict=True):
-                if call.is_open:
-                    self._answer(call, output)
+                self._answer(call, output)
             return
+        if len(batch) == 1:
+            batch[0][0].raised(outputs)
+            return
+        self._take_in()  # who has left meanwhile need not be tried again
         middle = len(batch) // 2
         await self._predict(batch[:middle])
         await self._predict(batch[middle:])
 
     def _answer(self, call: _Call, output: Any) -> None:
+        if not call.is_open:
+            return
+        wanted = call.submission.answer_kind
         try:
-            payload = Payload.of(output, call.submission.answer_kind)
+            payload = Payload.of(output, wanted)
         except PayloadError as error:
-            call.fail(f"the output of predict cannot be sent: {error}")
+            if wanted in (PayloadKind.NONE, PayloadKind.JSON):
+                call.fail(f"the output of predict cannot be sent: {error}")
+            else:
+                call.refuse(f"Accept: the model's output cannot be sent in this form: {error}")
             return
         if len(payload.data) <= ChannelServer.max_piece_bytes and call.server.write_payload(
             call.slot, payload.kind, payload.data
@@ -227,55 +257,60 @@ class CallLoop:
             while self._running >= most:
                 self._place_freed.clear()
                 await self._place_freed.wait()
-            batch = await self._next_batch(most - self._running)
-            self._count_batch(len(batch))
-            self._running += len(batch)
-            for call in batch:
+            for call in await self._next_batch(most - self._running):
                 call.task = self._start(self._generate(call))
+                call.task.add_done_callback(self._on_generated)
+
+    def _on_generated(self, task: asyncio.Task[None]) -> None:
+        self._running -= 1
+        self._place_freed.set()
+        self._flush()
 
     async def _generate(self, call: _Call) -> None:
         try:
             call.end(await self._write_tokens(call))
-        except asyncio.CancelledError:
-            call.end(FinishReason.CANCELLED)
-            raise
         except NonsenseError as error:
             call.fail(str(error))
-        except Exception as error:
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                call.end(FinishReason.CANCELLED)
+                raise
             call.raised(error)
-        finally:
-            self._running -= 1
-            self._place_freed.set()
-            call.server.flush()
+        except (Exception, SystemExit) as error:
+            call.raised(error)
 
     async def _write_tokens(self, call: _Call) -> FinishReason:
-        """Up to max_tokens tokens or a stop string; why it ended. With stop strings a token is written once the next
-        one is there, as it may get the text that they held back."""
+        """Up to max_tokens tokens or a stop string; why it ended. While a stop string may have begun, a token is kept
+        until the next one is there: if none comes, it gets the text that was held back."""
         submission = call.submission
         sampling = submission.sampling() | {"stop": submission.stops}
         stops = StopMatcher(submission.stops)
         held: StreamToken | None = None
-        count = 0
+        count = held_back = 0  # tokens; characters
+        stopped = False
         asked = time.monotonic_ns()
         async with contextlib.aclosing(self._model.generate(submission.payload.decode(), sampling)) as tokens:
             async for token in tokens:
                 call.server.count_step(time.monotonic_ns() - asked)
                 if held is not None:
                     await call.write_token(held)
+                    held = None
                 count += 1
                 text, stopped = stops.push(token.token)
-                held = replace(token, token=text)
+                held_back += len(token.token) - len(text)
+                if stopped or count == submission.max_tokens or held_back:
+                    held = replace(token, token=text)
+                else:
+                    await call.write_token(replace(token, token=text) if submission.stops else token)
                 if stopped or count == submission.max_tokens:
                     break
-                if not submission.stops:
-                    await call.write_token(held)
-                    held = None
                 await asyncio.sleep(0)  # the others' turn
                 asked = time.monotonic_ns()
             else:
                 stopped = True
-        if held is not None:
-            await call.write_token(replace(held, token=held.token + stops.flush()))
+            # Before the model cleans up after itself, which may take its time or raise.
+            if held is not None:
+                await call.write_token(replace(held, token=held.token + stops.flush()))
         return FinishReason.STOP if stopped else FinishReason.LENGTH
 
 
@@ -291,11 +326,56 @@ def _with_inputs(batch: list[_Call]) -> list[tuple[_Call, Any]]:
     return usable
 
 
+class _Prediction:
+    """A call of a `predict` that is async. It ends early where nobody waits for its outputs any more."""
+
+    def __init__(self, work: Coroutine[Any, Any, list[Any]], calls: list[_Call]) -> None:
+        self._calls = calls
+        self._task = asyncio.get_running_loop().create_task(_outcome(work))
+
+    async def outputs(self) -> list[Any] | BaseException:
+        """As many as there are inputs, or what the model raised."""
+        try:
+            return await self._task
+        except asyncio.CancelledError as error:
+            if _is_cancelled():
+                raise
+            return error  # given up, or the model's own
+
+    def give_up_if_unwanted(self) -> None:
+        if not any(call.is_open for call in self._calls):
+            self._task.cancel()
+
+
+async def _outcome(work: Coroutine[Any, Any, list[Any]]) -> list[Any] | BaseException:
+    try:
+        return await work
+    except (Exception, SystemExit) as error:
+        return error
+
+
+def _is_cancelled() -> bool:
+    """Whether the running task is being cancelled; else an asyncio.CancelledError is the model's own."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > 0
+
+
+async def _end_what_is_left() -> None:
+    """The model's own tasks and generators, as asyncio.run does it; but those that do not end are left."""
+    left = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in left:
+        task.cancel()
+    if left:
+        await asyncio.wait(left, timeout=_LEAVE_WITHIN_S)
+    await asyncio.get_running_loop().shutdown_asyncgens()
+
+
 class _Port:
     """A channel, and the calls of its open slots."""
 
-    def __init__(self, server: ChannelServer, take_in: Callable[[], None]) -> None:
+    def __init__(self, server: ChannelServer, scheduler: BatchScheduler, take_in: Callable[[], None]) -> None:
         self.server = server
+        self.scheduler = scheduler
         self.calls: dict[int, _Call] = {}
         self.take_in = take_in
 
@@ -311,13 +391,16 @@ class _Call:
         self.room = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.is_open = True
+        self.queued_as = -1
         self._port = port
 
     def end(self, reason: FinishReason, error: StreamError = StreamError.NONE, detail: str = "") -> None:
         if self.is_open:
             self.is_open = False
             del self._port.calls[self.slot]
-            self.server.end(self.slot, reason, error, detail)
+            self._port.scheduler.withdraw(self.queued_as)
+            # Names and messages are the model's: they may hold what UTF-8 has no bytes for.
+            self.server.end(self.slot, reason, error, detail.encode(errors="replace").decode())
 
     def cancel(self) -> None:
         """Its reader has left."""
@@ -330,11 +413,15 @@ class _Call:
 
     def fail(self, detail: str) -> None:
         """The model gave no answer that could be sent."""
+        if not self.is_open:
+            return
         log.error("request %s: %s", self.submission.request_id, detail)
         self.end(FinishReason.ERROR, StreamError.MODEL_FAILED, detail)
 
-    def raised(self, error: Exception) -> None:
+    def raised(self, error: BaseException) -> None:
         """What the model raised goes to the log; its caller is told the type."""
+        if isinstance(error, asyncio.CancelledError) and not self.is_open:
+            return  # it was given up
         request_id = self.submission.request_id
         log.error("request %s: the model raised", request_id, exc_info=error)
         detail = f"the model raised {type(error).__name__} for request {request_id}; the log has the traceback"

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import inspect
+from collections.abc import Awaitable, Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -16,7 +17,7 @@ from realtime_serve.engine.step_loop import EngineLimits, StepLoop
 from realtime_serve.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from realtime_serve.runners.base import Runner
 from realtime_serve.runners.callable import CallableModel
-from realtime_serve.runners.loader import Loader, as_runner, call_loader, import_loader, import_name
+from realtime_serve.runners.loader import Loader, as_runner, import_loader, import_name
 
 NULL_MODEL = "null"
 
@@ -107,7 +108,8 @@ def load_worker(spec: LoadSpec) -> WorkerLoop:
 def _load_callable(spec: LoadSpec, loader: Loader) -> WorkerLoop:
     loop = asyncio.new_event_loop()  # what an async loader opens belongs to the loop that the model is called in
     try:
-        model = loop.run_until_complete(call_loader(loader, spec.model))
+        made = loader(spec.model)  # while no loop runs: it may run one of its own
+        model = loop.run_until_complete(_value_of(made)) if inspect.isawaitable(made) else made
         if callable(getattr(model, "step", None)):
             loop.close()
             return StepLoop(as_runner(model), spec.limits)
@@ -124,6 +126,10 @@ def _load_callable(spec: LoadSpec, loader: Loader) -> WorkerLoop:
         ageing_ms=limits.ageing_ms,
     )
     return CallLoop(called, loop, scheduler, max_context=spec.model.max_seq_length)
+
+
+async def _value_of(made: Awaitable[Any]) -> Any:
+    return await made
 
 
 async def _prepare(model: CallableModel) -> None:

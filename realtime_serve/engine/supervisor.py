@@ -21,6 +21,8 @@ _BACKOFF_S = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0)
 _STOP_GRACE_S = 5.0
 # What a model's health_check may take.
 _HEALTH_WITHIN_S = 5.0
+# A worker that answers nothing for so long after a request's timeout hangs, unless requests may take longer.
+_HANGS_AFTER_S = 30.0
 
 
 class OpenChannel(Protocol):
@@ -44,7 +46,10 @@ class Supervisor:
     ends with a typed error, and a new worker gets a new channel of the next generation.
     """
 
-    def __init__(self, spec: LoadSpec, open_channel: OpenChannel, *, isolation: str) -> None:
+    def __init__(
+        self, spec: LoadSpec, open_channel: OpenChannel, *, isolation: str, hangs_after_s: float = _HANGS_AFTER_S
+    ) -> None:
+        """`hangs_after_s` is what `suspect` waits for a sign of life at least."""
         self.spec = spec
         self.state = WorkerState.STOPPED
         self.kind = "tokens"
@@ -66,6 +71,8 @@ class Supervisor:
         self._changed = asyncio.Event()
         self._health: asyncio.Future[bool] | None = None  # that somebody waits for
         self._restart: asyncio.TimerHandle | None = None
+        self._hangs_after_s = hangs_after_s
+        self._probe: asyncio.Task[None] | None = None  # of a worker that may hang
 
     @property
     def client(self) -> ChannelClient:
@@ -125,30 +132,66 @@ class Supervisor:
         """Whether the worker is ready and its model says that it is well; False where it does not say so in time."""
         if not self.is_ready or self._worker is None:
             return False
-        if self._health is None:
-            self._health = asyncio.get_running_loop().create_future()
-            self._worker.check_health()
         try:
-            return await asyncio.wait_for(asyncio.shield(self._health), _HEALTH_WITHIN_S)
+            return await asyncio.wait_for(asyncio.shield(self._asked_health(self._worker)), _HEALTH_WITHIN_S)
         except TimeoutError:
             return False
 
+    def _asked_health(self, worker: WorkerHandle) -> asyncio.Future[bool]:
+        if self._health is None:
+            self._health = asyncio.get_running_loop().create_future()
+            worker.check_health()
+        return self._health
+
+    def suspect(self) -> None:
+        """A request had no answer in time: perhaps the model hangs in a call that does not end.
+
+        A worker process that gives no sign of life then, within the longest timeout that a request to it had, is killed
+        and so started anew. A thread cannot be.
+        """
+        worker = self._worker
+        if self.is_ready and isinstance(worker, ProcessWorker) and self._probe is None:
+            self._probe = asyncio.ensure_future(self._kill_if_it_hangs(worker))
+
+    async def _kill_if_it_hangs(self, worker: ProcessWorker) -> None:
+        try:
+            patience = max(self._hangs_after_s, self.client.longest_timeout_s)
+            await asyncio.wait_for(asyncio.shield(self._asked_health(worker)), patience)
+        except TimeoutError:
+            if self._worker is worker and self.is_ready:
+                log.error(
+                    "the worker of %s %s hangs: it gave no sign of life for %.1f s and is killed",
+                    self.spec.model.name, self.spec.model.version, patience,
+                )  # fmt: skip
+                worker.kill()
+        finally:
+            self._probe = None
+
     async def stop(self) -> None:
-        """Ends the worker: asked first, killed where it does not answer. Open streams end as cancelled."""
+        """Ends the worker: asked first, killed where it does not answer. Open streams end as cancelled, and with an
+        error where it had to be killed."""
         if self._restart is not None:
             self._restart.cancel()
             self._restart = None
         worker, was = self._worker, self.state
         self._set_state(WorkerState.STOPPED)
+        if self._probe is not None:
+            self._probe.cancel()
         if worker is None:
             return
         worker.request_stop()
         if was is not WorkerState.READY:
             worker.kill()  # it is loading, and has no stream to end
-        for end in (worker.kill, lambda: None):
+        for end in (worker.kill, self._leave):
             if await self._exited_within(_STOP_GRACE_S):
                 return
             end()
+
+    def _leave(self) -> None:
+        """A thread that hangs is left to itself; its streams are not."""
+        client, self._client = self._client, None
+        if client is not None:
+            client.worker_died()
 
     async def _exited_within(self, seconds: float) -> bool:
         try:
@@ -208,6 +251,8 @@ class Supervisor:
 
     def _on_worker_exit(self, status: int) -> None:
         self._worker = None
+        if self._probe is not None:
+            self._probe.cancel()
         self._tell_health(False)
         client, self._client = self._client, None
         if client is not None:

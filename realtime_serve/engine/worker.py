@@ -59,7 +59,10 @@ def ready_report(loop: WorkerLoop) -> dict[str, Any]:
 
 def describe(error: BaseException) -> str:
     """One line for a person: our own errors speak for themselves, others are named."""
-    text = " ".join(str(error)[:_MAX_REASON_CHARS].split())
+    try:
+        text = " ".join(str(error)[:_MAX_REASON_CHARS].split())
+    except Exception:  # of a class whose own text fails
+        text = "(its text cannot be had)"
     return text if isinstance(error, ServeError) else f"{type(error).__name__}: {text}"
 
 

@@ -9,7 +9,7 @@ from aiohttp import web
 from realtime_serve._pump import Stream
 from realtime_serve.errors import ServeError
 from realtime_serve.http.body import read_body
-from realtime_serve.http.responses import EventStreamResponse
+from realtime_serve.http.responses import EventStreamResponse, WholeResponse
 from realtime_serve.http.validation import parse_infer
 from realtime_serve.service import InferenceService
 
@@ -37,7 +37,7 @@ class InferHandlers:
             streams = request.headers.get("Accept") != "application/json"
         if not parsed.request.client_id:
             parsed.request.client_id = request.remote or ""
-        answer = _EventStream(request, request_id) if streams else _JsonAnswer(request_id)
+        answer = _EventStream(request, request_id) if streams else _JsonAnswer(request, request_id)
         try:
             await self._service.serve(parsed.request, answer.deliver)
         except ServeError:
@@ -60,11 +60,12 @@ class _EventStream:
 
 
 class _JsonAnswer:
-    def __init__(self, request_id: str) -> None:
+    def __init__(self, request: web.BaseRequest, request_id: str) -> None:
+        self._request = request
         self._headers = {"X-Request-Id": request_id}
         self.response: web.StreamResponse | None = None
 
     async def deliver(self, stream: Stream) -> None:
         body = await stream.json()
         if not stream.error:
-            self.response = web.Response(body=body, content_type="application/json", headers=self._headers)
+            self.response = WholeResponse(self._request, body, "application/json", self._headers)

@@ -6,6 +6,7 @@ import contextlib
 import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import quote
 
 import msgspec
 from aiohttp import web
@@ -14,6 +15,7 @@ from realtime_serve._core import PayloadKind
 from realtime_serve.config import ServerConfig
 from realtime_serve.errors import InvalidRequestError, UnsupportedMediaTypeError
 from realtime_serve.http.body import read_body
+from realtime_serve.http.responses import WholeResponse
 from realtime_serve.http.validation import check_metadata, check_names, decode_object, parse_priority
 from realtime_serve.payload import Payload
 from realtime_serve.service import InferenceService
@@ -23,7 +25,7 @@ _FIELDS = frozenset(("model", "priority", "timeout", "client_id", "metadata", "i
 _QUERY = frozenset(("model", "priority", "timeout", "client_id"))
 _NUMPY_TYPE, _BYTES_TYPE, _JSON_TYPE = "application/x-npy", "application/octet-stream", "application/json"
 # What curl and forms call a body of which they know nothing; /infer takes it as JSON too.
-_JSON_TYPES = frozenset((_JSON_TYPE, "text/json", "application/x-www-form-urlencoded", ""))
+_JSON_TYPES = frozenset((_JSON_TYPE, "text/json", "application/x-www-form-urlencoded"))
 _OUTPUT_KINDS = {
     _JSON_TYPE: PayloadKind.JSON,
     _NUMPY_TYPE: PayloadKind.NUMPY,
@@ -35,19 +37,20 @@ _CONTENT_TYPES = {kind: name for name, kind in _OUTPUT_KINDS.items()}
 _decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _list_decoder = msgspec.json.Decoder(list[msgspec.Raw])
 _value_decoder = msgspec.json.Decoder()
+_NULL = msgspec.Raw(b"null")
 
 
 class PredictHandlers:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
-    async def predict(self, request: web.BaseRequest) -> web.Response:
+    async def predict(self, request: web.BaseRequest) -> web.StreamResponse:
         """`input` or `inputs` of a JSON body, or the body itself as one input, whose content type says what it is.
 
         The answer is in the form that Accept names; without one JSON for JSON, and for other bodies what fits.
         """
         request_id = os.urandom(16).hex()
-        is_json = request.content_type in _JSON_TYPES or "Content-Type" not in request.headers
+        is_json = request.content_type in _JSON_TYPES or not request.headers.get("Content-Type")
         parse = _parse_json if is_json else _parse_raw
         with self._service.metrics.counts_refusals():
             body = await read_body(request, self._service.config.max_body_bytes)
@@ -56,13 +59,14 @@ class PredictHandlers:
             parsed.client_id = request.remote or ""
         outputs, outcome = await self._service.predict(parsed)
         if is_single and outputs[0].kind is not PayloadKind.JSON:
-            headers = {"X-Request-Id": request_id, "X-Model": outcome.model, "X-Model-Version": outcome.version}
-            return web.Response(body=outputs[0].data, content_type=_CONTENT_TYPES[outputs[0].kind], headers=headers)
-        return web.Response(
-            body=_json_answer(request_id, outcome, outputs, is_single),
-            content_type=_JSON_TYPE,
-            headers={"X-Request-Id": request_id},
-        )
+            headers = {
+                "X-Request-Id": request_id,
+                "X-Model": _header(outcome.model),
+                "X-Model-Version": _header(outcome.version),
+            }
+            return WholeResponse(request, outputs[0].data, _CONTENT_TYPES[outputs[0].kind], headers)
+        answer = _json_answer(request_id, outcome, outputs, is_single)
+        return WholeResponse(request, answer, _JSON_TYPE, {"X-Request-Id": request_id})
 
 
 def _parse_json(
@@ -71,8 +75,7 @@ def _parse_json(
     raw = decode_object(body, _decoder)
     check_names(raw, _FIELDS)
     inputs, is_single = _inputs(raw)
-    given = {name: _value_decoder.decode(value) for name, value in raw.items()}
-    given = {name: value for name, value in given.items() if value is not None}
+    given = {name: _decoded(name, value) for name, value in raw.items() if value != _NULL}
     if "metadata" in given:
         check_metadata(given["metadata"])
     output_kind = _wanted(request) or PayloadKind.JSON
@@ -82,9 +85,22 @@ def _parse_json(
     return _request(request_id, payloads, given, output_kind, defaults), is_single
 
 
+def _decoded(name: str, value: msgspec.Raw) -> Any:
+    try:
+        return _value_decoder.decode(value)
+    except RecursionError:
+        raise InvalidRequestError(f"{name} is nested too deeply", name, "invalid_json") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:  # a Raw has been skipped over, and no more
+        raise InvalidRequestError(f"{name} is not valid JSON: {error}", name, "invalid_json") from None
+
+
 def _inputs(raw: dict[str, msgspec.Raw]) -> tuple[list[msgspec.Raw], bool]:
     """Takes `input` or `inputs` out; whether it is the first."""
     one, several = raw.pop("input", None), raw.pop("inputs", None)
+    if several == _NULL:  # as everywhere: as if it were not there
+        several = None
+    if several is not None and one == _NULL:
+        one = None
     if one is not None and several is not None:
         raise InvalidRequestError("give input or inputs, not both", "inputs")
     if one is not None:
@@ -136,6 +152,11 @@ def _wanted(request: web.BaseRequest) -> PayloadKind | None:
         if kind is not None:
             return kind
     return None
+
+
+def _header(name: str) -> str:
+    """A name as a header can have it: percent-encoded where it has more than plain characters."""
+    return name if name.isascii() and name.isprintable() else quote(name)
 
 
 def _json_answer(request_id: str, outcome: Outcome, outputs: list[Payload], is_single: bool) -> bytes:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import AsyncGenerator, Iterable, Sequence
+import operator
+from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterable
 from typing import Any
 
 from realtime_serve.errors import UnsupportedModelError
-from realtime_serve.types import StreamToken
+from realtime_serve.types import StreamToken, shown
 
 # What a `generate` may take, beyond the prompt.
 _SAMPLING = (
@@ -43,6 +44,8 @@ class CallableModel:
     def __init__(self, model: Any) -> None:
         """Raises UnsupportedModelError where the object has neither method."""
         self._model = model
+        if isinstance(model, type):
+            raise UnsupportedModelError(f"a loader must return an object; this one returned the class {model.__name__}")
         if callable(getattr(model, "generate", None)):
             self.kind = "generate"
             self._parameters = _accepted(model.generate)
@@ -71,19 +74,12 @@ class CallableModel:
         method = getattr(self._model, name, None)
         return await _awaited(method()) if callable(method) else default
 
-    async def predict(self, inputs: list[Any]) -> Sequence[Any]:
-        """As many outputs as inputs, in their order. Raises NonsenseError where the model gave something else, and
-        whatever the model raises."""
-        outputs = await _awaited(self._model.predict(inputs))
-        try:
-            count = len(outputs)
-        except TypeError:
-            raise NonsenseError(f"predict returned a {type(outputs).__name__}, and not a list") from None
-        if isinstance(outputs, str | bytes | dict):
-            raise NonsenseError(f"predict returned a {type(outputs).__name__}, and not a list")
-        if count != len(inputs):
-            raise NonsenseError(f"predict returned {count} outputs for a batch of {len(inputs)} inputs")
-        return outputs  # type: ignore[no-any-return]
+    def predict(self, inputs: list[Any]) -> list[Any] | Coroutine[Any, Any, list[Any]]:
+        """As many outputs as inputs, in their order; where the model is async, a coroutine that gives them. Raises
+        NonsenseError where the model gave something else, and whatever the model raises."""
+        count = len(inputs)  # the list is the model's now
+        outputs = self._model.predict(inputs)
+        return _outputs_later(outputs, count) if inspect.isawaitable(outputs) else _outputs(outputs, count)
 
     async def generate(self, prompt: str, sampling: dict[str, Any]) -> AsyncGenerator[StreamToken, None]:
         """The answer's tokens as the model gives them, at least one turn of the event loop between two. Raises
@@ -98,23 +94,24 @@ class CallableModel:
                 if hasattr(answer, "aclose"):
                     await answer.aclose()
             return
-        items = (answer,) if _is_one_token(answer) else answer
-        if not isinstance(items, Iterable) or isinstance(items, dict | bytes):
+        items = (answer,) if isinstance(answer, str | StreamToken) or _integer(answer) is not None else answer
+        if not isinstance(items, Iterable) or isinstance(items, bytes | bytearray) or hasattr(items, "keys"):
             raise NonsenseError(f"generate returned a {type(answer).__name__}, which is no token, text or iterator")
+        iterator = iter(items)
         try:
-            for item in items:
+            for item in iterator:
                 yield self._token(item)
         finally:
-            if hasattr(items, "close"):
-                items.close()
+            if hasattr(iterator, "close"):
+                iterator.close()
 
     def _token(self, item: Any) -> StreamToken:
-        if isinstance(item, StreamToken) and isinstance(item.token, str) and _is_token_id(item.token_id):
-            return item
+        if isinstance(item, StreamToken):
+            return _checked(item)
         if isinstance(item, str):
-            return StreamToken(item, NO_TOKEN_ID)
-        if _is_token_id(item):
-            return StreamToken(self._decode(int(item)), int(item))
+            return _checked(StreamToken(item, NO_TOKEN_ID))
+        if (token_id := _integer(item)) is not None:
+            return _checked(StreamToken(self._decode(token_id), token_id))
         raise NonsenseError(f"generate gave a {type(item).__name__}, which is no StreamToken, text or token id")
 
     def _decode(self, token_id: int) -> str:
@@ -137,12 +134,61 @@ def _accepted(generate: Any) -> frozenset[str]:
     return frozenset(parameter.name for parameter in parameters if parameter.kind in by_name)
 
 
-def _is_token_id(item: Any) -> bool:
-    return hasattr(item, "__index__") and not isinstance(item, bool) and -(2**31) <= int(item) < 2**31
+async def _outputs_later(outputs: Awaitable[Any], count: int) -> list[Any]:
+    return _outputs(await outputs, count)
 
 
-def _is_one_token(answer: Any) -> bool:
-    return isinstance(answer, str | StreamToken) or (_is_token_id(answer) and not hasattr(answer, "__iter__"))
+def _outputs(outputs: Any, count: int) -> list[Any]:
+    if not _is_list(outputs):
+        raise NonsenseError(f"predict returned a {type(outputs).__name__}, and not a list")
+    outputs = list(outputs)
+    if len(outputs) != count:
+        raise NonsenseError(f"predict returned {len(outputs)} outputs for a batch of {count} inputs")
+    return outputs  # type: ignore[no-any-return]
+
+
+def _is_list(outputs: Any) -> bool:
+    """Whether it is a sequence of outputs: lists, tuples, arrays and tensors are. A set has no order, and what is
+    looked up by key, as a dict or a data frame, none of inputs."""
+    if isinstance(outputs, str | bytes | bytearray | memoryview) or hasattr(outputs, "keys"):
+        return False
+    is_scalar = getattr(outputs, "shape", None) == ()
+    return hasattr(outputs, "__len__") and hasattr(outputs, "__getitem__") and not is_scalar
+
+
+def _integer(item: Any) -> int | None:
+    """Of Python's, NumPy's or a tensor's; None where it is no such number."""
+    if isinstance(item, bool) or not hasattr(item, "__index__"):
+        return None
+    try:
+        return operator.index(item)
+    except (TypeError, ValueError, RuntimeError):  # an array of several, or of other numbers
+        return None
+
+
+def _checked(token: StreamToken) -> StreamToken:
+    """The token as the core takes it. Raises NonsenseError naming what is wrong with it."""
+    text, token_id, logprob = token.token, _integer(token.token_id), token.logprob
+    if not isinstance(text, str):
+        raise NonsenseError(f"generate gave a token whose text is a {type(text).__name__}")
+    if not text.isascii() and _has_surrogates(text):
+        raise NonsenseError("generate gave a token whose text has half of a surrogate pair, which is no character")
+    if token_id is None or not -(2**31) <= token_id < 2**31:
+        raise NonsenseError(f"generate gave a token whose token_id, {shown(token.token_id)}, is no 32-bit integer")
+    if logprob is not None:
+        try:
+            logprob = float(logprob)
+        except (TypeError, ValueError, RuntimeError):
+            raise NonsenseError(f"generate gave a token whose logprob is {shown(logprob)}, not a number") from None
+    return StreamToken(text, token_id, logprob, bool(token.is_special))
+
+
+def _has_surrogates(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 async def _awaited(value: Any) -> Any:

@@ -22,12 +22,15 @@ def import_name(loader: Loader) -> str | None:
     """`module:name`, by which another process can import it; None for closures, lambdas, methods of objects and what
     the main script defines."""
     module, name = getattr(loader, "__module__", None), getattr(loader, "__qualname__", None)
+    if inspect.ismethod(loader) and isinstance(owner := loader.__self__, type):  # a class method, maybe inherited
+        module, name = owner.__module__, f"{owner.__qualname__}.{loader.__name__}"
     if not isinstance(module, str) or not isinstance(name, str) or module == "__main__" or "<" in name:
         return None
     found: Any = sys.modules.get(module)
     for part in name.split("."):
         found = getattr(found, part, None)
-    return f"{module}:{name}" if found is loader else None
+    is_same = found is loader or (inspect.ismethod(found) and found == loader)  # each look-up binds a method anew
+    return f"{module}:{name}" if is_same else None
 
 
 def import_loader(name: str) -> Loader:
@@ -37,7 +40,7 @@ def import_loader(name: str) -> Loader:
         raise ModelLoadError(f"a loader is named as module:function; {name!r} is not")
     try:
         found: Any = importlib.import_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ModelLoadError(f"loader {name!r}: importing {module} failed: {type(error).__name__}: {error}") from error
     for part in path.split("."):
         if not hasattr(found, part):
@@ -46,12 +49,6 @@ def import_loader(name: str) -> Loader:
     if not callable(found):
         raise ModelLoadError(f"loader {name!r} is a {type(found).__name__}, which cannot be called")
     return found  # type: ignore[no-any-return]
-
-
-async def call_loader(loader: Loader, config: ModelConfig) -> Any:
-    """Raises whatever the loader raises."""
-    made = loader(config)
-    return await made if inspect.isawaitable(made) else made
 
 
 def as_runner(model: Any) -> Runner:

@@ -241,3 +241,126 @@ def test_every_request_is_in_one_batch_and_none_waits_too_long(
         assert scheduler.stats()["avg_wait_ms"] <= 20 + 1e-3
 
     run(main())
+
+
+def test_a_limit_is_a_full_batch() -> None:
+    async def main() -> None:
+        scheduler = BatchScheduler("m", BatchConfig(max_batch_size=8, max_wait_ms=1000, dynamic_batching=False))
+        await fill(scheduler, "a", "b", "c", "d")
+        assert [request.name for request in await scheduler.get_batch(3)] == ["a", "b", "c"]
+        assert (now(), scheduler.last_release) == (0.0, "full")
+        # It bounds min_batch_size too, and is bounded by max_batch_size.
+        scheduler = BatchScheduler("m", BatchConfig(max_batch_size=4, max_wait_ms=1000, min_batch_size=4))
+        await fill(scheduler, *map(str, range(9)))
+        assert len(await scheduler.get_batch(1)) == 1
+        assert len(await scheduler.get_batch(100)) == 4
+        assert now() == 0.0
+
+    run(main())
+
+
+def test_the_wait_counts_from_the_arrival_that_is_given() -> None:
+    async def main() -> None:
+        scheduler = BatchScheduler("m", BatchConfig(max_batch_size=8, max_wait_ms=50, dynamic_batching=False))
+        await asyncio.sleep(1.0)
+        # Taken in the order of their priorities, not of their arrivals.
+        scheduler.enqueue_nowait(Request("late", HIGH), arrival=0.99)
+        scheduler.enqueue_nowait(Request("early", LOW), arrival=0.97)
+        assert [request.name for request in await scheduler.get_batch()] == ["late", "early"]
+        assert (now(), scheduler.last_release) == (pytest.approx(1.02), "timeout")
+        assert scheduler.stats()["avg_wait_ms"] == pytest.approx((30 + 50) / 2)
+        scheduler.enqueue_nowait(Request("long ago"), arrival=0.5)
+        await scheduler.get_batch()
+        assert now() == pytest.approx(1.02)
+
+    run(main())
+
+
+def test_within_a_priority_the_given_arrival_decides() -> None:
+    async def main() -> None:
+        scheduler = BatchScheduler("m", BatchConfig(max_batch_size=2, max_wait_ms=0))
+        await asyncio.sleep(1.0)
+        for name, arrival in [("b", 0.2), ("c", 0.3), ("a", 0.1)]:
+            scheduler.enqueue_nowait(Request(name), arrival=arrival)
+        assert [request.name for request in await scheduler.get_batch()] == ["a", "b"]
+
+    run(main())
+
+
+@pytest.mark.parametrize("dynamic", [True, False])
+def test_a_deadline_releases_a_batch_a_step_before_it(dynamic: bool) -> None:
+    async def main() -> None:
+        config = BatchConfig(max_batch_size=8, max_wait_ms=10_000, min_batch_size=2, dynamic_batching=dynamic)
+        scheduler = BatchScheduler("m", config)
+        await fill(scheduler, *map(str, range(8)))
+        await scheduler.get_batch()
+        await asyncio.sleep(0.25)  # a step, which the next get_batch learns from
+        scheduler.enqueue_nowait(Request("patient"), deadline=now() + 9.0)
+        taking = asyncio.ensure_future(scheduler.get_batch())
+        await asyncio.sleep(0)
+        if not dynamic:
+            scheduler.enqueue_nowait(Request("urgent"), deadline=now() + 1.0)
+            assert [request.name for request in await taking] == ["patient", "urgent"]
+            assert now() == pytest.approx(0.25 + 1.0 - 0.25)
+        else:  # min_batch_size holds the first one back
+            await taking
+            assert now() == pytest.approx(0.25 + 9.0 - 0.25)
+        assert scheduler.last_release == "deadline"
+        # It is the deadline of those that wait that counts, and one that has passed does not wait at all.
+        scheduler.enqueue_nowait(Request("too late"), deadline=now() - 1.0)
+        before = now()
+        await scheduler.get_batch()
+        assert (now(), scheduler.last_release) == (before, "deadline")
+        assert scheduler.stats()["release_reasons"] == {"full": 1, "deadline": 2}
+
+    run(main())
+
+
+def test_what_is_withdrawn_is_in_no_batch() -> None:
+    async def main() -> None:
+        scheduler = BatchScheduler("m", BatchConfig(max_batch_size=2, max_wait_ms=50, dynamic_batching=False))
+        numbers = [scheduler.enqueue_nowait(Request(name, HIGH)) for name in "abc"]
+        scheduler.withdraw(numbers[0])
+        scheduler.withdraw(numbers[0])
+        scheduler.withdraw(-1)
+        assert (scheduler.queue_length(), scheduler.queue_depth()["HIGH"]) == (2, 2)
+        assert [request.name for request in await scheduler.get_batch()] == ["b", "c"]
+        scheduler.withdraw(numbers[1])  # it is being served
+        assert scheduler.stats()["batch_sizes"] == {2: 1}
+
+    run(main())
+
+
+def test_a_batch_that_is_withdrawn_as_a_whole_is_none() -> None:
+    async def main() -> None:
+        config = BatchConfig(max_batch_size=8, max_wait_ms=50, dynamic_batching=False)
+        scheduler = BatchScheduler("m", config)
+        number = scheduler.enqueue_nowait(Request("gone"), deadline=0.04)
+        batch = asyncio.ensure_future(scheduler.get_batch())
+        await asyncio.sleep(0.01)
+        scheduler.withdraw(number)
+        await asyncio.sleep(10)
+        assert not batch.done()
+        await fill(scheduler, "a")
+        assert [request.name for request in await batch] == ["a"]
+        assert (now(), scheduler.last_release) == (pytest.approx(10.06), "timeout")  # not at the deadline of the other
+        assert scheduler.stats()["release_reasons"] == {"timeout": 1}
+
+    run(main())
+
+
+def test_what_is_withdrawn_leaves_its_place_in_the_queue() -> None:
+    async def main() -> None:
+        scheduler = BatchScheduler("m", BatchConfig(max_batch_size=4, max_wait_ms=0), max_queue=4)
+        stay = [Request("low", LOW), Request("normal"), Request("high", HIGH)]
+        for request in stay:
+            await scheduler.enqueue(request)
+        for _ in range(50):
+            number = scheduler.enqueue_nowait(Request("fleeting", HIGH))
+            with pytest.raises(QueueFullError):
+                scheduler.enqueue_nowait(Request("too many"))
+            scheduler.withdraw(number)
+        assert scheduler.queue_depth() == {"LOW": 1, "NORMAL": 1, "HIGH": 1}
+        assert [request.name for request in await scheduler.get_batch()] == ["high", "normal", "low"]
+
+    run(main())

@@ -70,11 +70,18 @@ CALLS: dict[str, dict[str, dict[str, object]]] = {
             "max_batch_size": None,
             "max_batch_wait_ms": None,
         },
-        "register_model": {"config": REQUIRED},
+        "register_model": {"config": REQUIRED, "loader": None},
         "start": {"host": None, "port": None},
         "stop": {},
         "stream": {"request": REQUIRED},
         "infer": {"request": REQUIRED},
+    },
+    "BatchScheduler": {
+        "enqueue": {"request": REQUIRED},
+        "get_batch": {},
+        "queue_length": {},
+        "queue_depth": {},
+        "stats": {},
     },
     "StreamManager": {
         "__init__": {"default_timeout": 30.0, "buffer_size": 100},
@@ -88,6 +95,7 @@ CALLS: dict[str, dict[str, dict[str, object]]] = {
     },
     "Model": {"record_inference": {"tokens": REQUIRED}, "uptime_seconds": {}},
     "ModelRegistry": {
+        "register_loader": {"name": REQUIRED, "loader": REQUIRED},
         "load_model": {"config": REQUIRED},
         "unload_model": {"name": REQUIRED, "version": None},
         "get_model": {"name": REQUIRED, "version": None},
@@ -99,6 +107,7 @@ CALLS: dict[str, dict[str, dict[str, object]]] = {
     },
 }
 AWAITED = {
+    "BatchScheduler": {"enqueue", "get_batch"},
     "InferenceServer": {"start", "stop", "infer"},
     "StreamManager": {"push_token", "close_stream", "stream_stats", "cleanup_idle_streams", "shutdown"},
     "Model": set(),
