@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from collections import Counter
 from typing import Any, NamedTuple, Protocol
@@ -208,8 +209,9 @@ class BatchScheduler:
     async def _change(self, timeout_s: float | None) -> None:
         """Until a request comes, or the time is over."""
         self._changed.clear()
-        try:
+        if timeout_s is None or timeout_s == math.inf:
+            await self._changed.wait()
+            return
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_s):
                 await self._changed.wait()
-        except TimeoutError:
-            return

@@ -27,8 +27,11 @@ async def read_body(request: web.BaseRequest, max_bytes: int) -> bytes:
             f"the body's Content-Encoding is {shown(coding)}: send it as it is, without one", "Content-Encoding"
         )
     try:
-        if request.content.is_eof():  # it came with its headers, as most do: no timer is worth setting
-            return await request.read()
+        if request.content.is_eof():  # it came with its headers, as most do: nothing is to be waited for
+            body = request.content.read_nowait()
+            if len(body) > max_bytes:
+                raise web.HTTPRequestEntityTooLarge(max_bytes, len(body))
+            return body
         async with asyncio.timeout(_WITHIN_S):
             return await request.read()
     except web.HTTPRequestEntityTooLarge:
