@@ -15,7 +15,7 @@ PACKAGE = ROOT / "realtime_serve"
 LAYERS = (
     ("_version", "_core", "errors", "types"),
     ("config", "devices"),
-    ("batch", "hub", "installer", "payload", "tokenizer", "runners"),
+    ("batch", "hub", "installer", "payload", "randomness", "tokenizer", "runners"),
     ("_pump",),
     ("engine",),
     ("stream",),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import secrets
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +11,7 @@ from realtime_serve._pump import Pump, Stream
 from realtime_serve.engine.drain_rate import DrainRate
 from realtime_serve.errors import PayloadTooLargeError, QueueFullError, bounded_retry_after
 from realtime_serve.payload import Payload
+from realtime_serve.randomness import new_seed
 from realtime_serve.types import InferenceRequest, PredictRequest
 
 # Room for the longest prompts that may wait at once; a lane that is full refuses like a queue that is full.
@@ -80,7 +80,7 @@ class ChannelClient:
             frequency_penalty=request.frequency_penalty,
             ignore_eos=request.ignore_eos,
             logprobs=request.logprobs,
-            seed=secrets.randbits(64) if request.seed is None else request.seed,
+            seed=new_seed() if request.seed is None else request.seed,
             stop=request.stop,
             priority=request.priority.value,
             timeout_s=request.timeout,

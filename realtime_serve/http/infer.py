@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 from aiohttp import web
 
 from realtime_serve._pump import Stream
@@ -11,6 +9,7 @@ from realtime_serve.errors import ServeError
 from realtime_serve.http.body import read_body
 from realtime_serve.http.responses import EventStreamResponse, WholeResponse
 from realtime_serve.http.validation import parse_infer
+from realtime_serve.randomness import new_request_id
 from realtime_serve.service import InferenceService
 
 
@@ -27,10 +26,13 @@ class InferHandlers:
 
     async def _answer(self, request: web.BaseRequest, *, streams: bool | None) -> web.StreamResponse:
         self._service.streams.serve_ready()  # many requests in one turn of the event loop are not to hold up streams
-        request_id = os.urandom(16).hex()
-        with self._service.metrics.counts_refusals():
+        request_id = new_request_id()
+        try:
             body = await read_body(request, self._service.config.max_body_bytes)
             parsed = parse_infer(body, request_id=request_id, defaults=self._service.config)
+        except ServeError as error:
+            self._service.metrics.count_unread(error)
+            raise
         if streams is None:
             streams = parsed.stream
         if streams is None:

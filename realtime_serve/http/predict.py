@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote
@@ -13,11 +12,12 @@ from aiohttp import web
 
 from realtime_serve._core import PayloadKind
 from realtime_serve.config import ServerConfig
-from realtime_serve.errors import InvalidRequestError, UnsupportedMediaTypeError
+from realtime_serve.errors import InvalidRequestError, ServeError, UnsupportedMediaTypeError
 from realtime_serve.http.body import read_body
 from realtime_serve.http.responses import WholeResponse
 from realtime_serve.http.validation import check_metadata, check_names, decode_object, parse_priority
 from realtime_serve.payload import Payload
+from realtime_serve.randomness import new_request_id
 from realtime_serve.service import InferenceService
 from realtime_serve.types import Outcome, PredictRequest
 
@@ -49,12 +49,15 @@ class PredictHandlers:
 
         The answer is in the form that Accept names; without one JSON for JSON, and for other bodies what fits.
         """
-        request_id = os.urandom(16).hex()
+        request_id = new_request_id()
         is_json = request.content_type in _JSON_TYPES or not request.headers.get("Content-Type")
         parse = _parse_json if is_json else _parse_raw
-        with self._service.metrics.counts_refusals():
+        try:
             body = await read_body(request, self._service.config.max_body_bytes)
             parsed, is_single = parse(request, body, request_id, self._service.config)
+        except ServeError as error:
+            self._service.metrics.count_unread(error)
+            raise
         if not parsed.client_id:
             parsed.client_id = request.remote or ""
         outputs, outcome = await self._service.predict(parsed)

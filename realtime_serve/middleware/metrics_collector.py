@@ -5,8 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,14 +119,9 @@ class MetricsCollector:
         """Counts a request that did not pass the chain. `model` and `error` become labels: keep their number small."""
         self._record(model, latency_ms, tokens, error or "ok", is_error=error is not None)
 
-    @contextmanager
-    def counts_refusals(self) -> Iterator[None]:
-        """Around the reading of a request: one that cannot be read never gets to the chain, and has no model."""
-        try:
-            yield
-        except ServeError as error:
-            self.requests.labels("", error.label).inc()
-            raise
+    def count_unread(self, error: ServeError) -> None:
+        """A request that could not be read: it never gets to the chain, and has no model."""
+        self.requests.labels("", error.label).inc()
 
     async def get_metrics(self, model: str) -> dict[str, Any]:
         """Zeros for a model that had no request. Latencies in milliseconds."""
