@@ -244,6 +244,7 @@ void EngineCore::show_load() {
   for (const std::unique_ptr<Attached>& attached : channels_) {
     if (!attached) continue;
     WorkerStats& stats = attached->channel->header().stats;
+    stats.preemptions.store(scheduler_.preemptions(), std::memory_order_relaxed);
     stats.running.store(scheduler_.running().size(), std::memory_order_relaxed);
     stats.waiting.store(waiting_.size(), std::memory_order_relaxed);
     stats.kv_blocks.store(blocks_.size(), std::memory_order_relaxed);
@@ -353,13 +354,14 @@ void EngineCore::wait() {
     sleeping_on.push_back({attached->channel->worker_bell_fd(), POLLIN, 0});
   }
   ask_for_room();
-  if (!has_news()) {
+  const bool sleeps = !has_news();
+  if (sleeps) {
     while (::poll(sleeping_on.data(), sleeping_on.size(), -1) < 0 && errno == EINTR) {
     }
   }
-  // What has not rung needs no system call; what rings from here on wakes the next sleep for nothing.
+  // What has not rung needs no system call to be emptied.
   auto slept_on = sleeping_on.cbegin();
-  const auto rang = [&] { return ((slept_on++)->revents & POLLIN) != 0; };
+  const auto rang = [&] { return ((slept_on++)->revents & POLLIN) != 0 || !sleeps; };
   if (rang()) eventfd::drain(wake_fd_.get());
   for (const std::unique_ptr<Attached>& attached : channels_) {
     if (!attached) continue;

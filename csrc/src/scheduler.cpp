@@ -26,16 +26,19 @@ std::uint32_t Scheduler::runnable(const Sequence& sequence) const {
   return static_cast<std::uint32_t>(sequence.tokens.size()) + sequence.pending - sequence.scheduled;
 }
 
-std::uint32_t Scheduler::most_positions(const Sequence& sequence) const {
+// In the worst case: the prompt and all the tokens that were asked for.
+std::uint32_t Scheduler::most_blocks(const Sequence& sequence) const {
   const std::uint64_t most =
       std::uint64_t{sequence.prompt_tokens} + static_cast<std::uint32_t>(sequence.sampling.max_tokens);
-  return static_cast<std::uint32_t>(std::min<std::uint64_t>(most, config_.max_context));
+  const auto positions = static_cast<std::uint32_t>(std::min<std::uint64_t>(most, config_.max_context));
+  return (positions + config_.block_size - 1) / config_.block_size;
 }
 
 Plan* Scheduler::schedule(std::int64_t now_ns) {
   Plan* plan = free_plan();
   if (plan == nullptr) return nullptr;
   compact_running();
+  make_room(now_ns);
   plan->rows.clear();
   plan->tokens = plan->samples = 0;
 
@@ -72,19 +75,61 @@ Plan* Scheduler::schedule(std::int64_t now_ns) {
   return plan;
 }
 
+// Preempts for those who wait and have a higher priority. Before the step is planned, so that no plan names who is
+// preempted; whoever it is done for is admitted once the step's budget reaches it.
+void Scheduler::make_room(std::int64_t now_ns) {
+  while (!waiting_.full()) {
+    Sequence* const* next = waiting_.peek(now_ns);
+    if (next == nullptr || (*next)->priority == Priority::kLow) return;
+    Sequence* newest_of_lowest = nullptr;
+    std::size_t blocks = blocks_.available();  // with those of all that could be preempted
+    for (Sequence* sequence : running_) {
+      if (!is_outranked(*sequence, (*next)->priority, now_ns)) continue;
+      blocks += sequence->blocks.size() + sequence->reserved_blocks;
+      if (newest_of_lowest == nullptr || sequence->priority <= newest_of_lowest->priority) newest_of_lowest = sequence;
+    }
+    const std::uint32_t needed = most_blocks(**next);
+    if (newest_of_lowest == nullptr || blocks < needed) return;
+    const bool has_rows = free_rows_.size() >= waiting_above(newest_of_lowest->priority);
+    if (has_rows && blocks_.available() >= needed) return;
+    preempt(*newest_of_lowest);
+  }
+}
+
+bool Scheduler::is_outranked(const Sequence& sequence, Priority priority, std::int64_t now_ns) const {
+  return sequence.priority < priority && sequence.in_flight == 0 && !waiting_.is_aged(sequence.arrival_ns, now_ns);
+}
+
+std::size_t Scheduler::waiting_above(Priority priority) const {
+  std::size_t above = waiting_.size(Priority::kHigh);
+  if (priority == Priority::kLow) above += waiting_.size(Priority::kNormal);
+  return above;
+}
+
+void Scheduler::preempt(Sequence& sequence) {
+  const auto at = std::ranges::find(running_, &sequence);
+  if (at - running_.begin() < static_cast<std::ptrdiff_t>(first_decode_)) --first_decode_;
+  running_.erase(at);
+  free_memory(sequence);
+  sequence.state = SequenceState::kWaiting;
+  sequence.scheduled = 0;
+  const Ticket ticket{sequence.priority, sequence.arrival_ns, sequence.deadline_ns};
+  waiting_.push(ticket, &sequence, &sequence.waiting_handle);
+  ++preemptions_;
+}
+
 bool Scheduler::admit(Sequence& sequence, std::int64_t now_ns) {
   if (free_rows_.empty()) return false;
-  const std::uint32_t positions = most_positions(sequence);
-  const std::uint32_t blocks = (positions + config_.block_size - 1) / config_.block_size;
+  const std::uint32_t blocks = most_blocks(sequence);
   if (!blocks_.reserve(blocks)) return false;
   sequence.blocks.reserve(blocks);
-  sequence.tokens.reserve(positions);
+  sequence.tokens.reserve(std::size_t{blocks} * config_.block_size);
   sequence.reserved_blocks = blocks;
   sequence.row = free_rows_.back();
   free_rows_.pop_back();
   sequence.state = SequenceState::kRunning;
   sequence.waiting_handle = 0;
-  sequence.admitted_ns = now_ns;
+  if (sequence.admitted_ns == 0) sequence.admitted_ns = now_ns;
   running_.push_back(&sequence);
   return true;
 }
@@ -167,12 +212,16 @@ void Scheduler::finish(Sequence& sequence, FinishReason reason, StreamError erro
   if (sequence.in_flight == 0) release(sequence);
 }
 
-void Scheduler::release(Sequence& sequence) {
+void Scheduler::free_memory(Sequence& sequence) {
   blocks_.free(sequence.blocks);
   blocks_.unreserve(sequence.reserved_blocks);
   sequence.blocks.clear();
   sequence.reserved_blocks = 0;
   free_rows_.push_back(sequence.row);
+}
+
+void Scheduler::release(Sequence& sequence) {
+  free_memory(sequence);
   // Here and not at the next step: the caller may use its memory for another sequence by then.
   compact_running();
   released_.push_back(&sequence);

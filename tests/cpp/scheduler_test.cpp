@@ -429,6 +429,114 @@ TEST(Scheduler, LowIsAdmittedOnceItHasAged) {
   EXPECT_EQ(low.admitted_ns - low.arrival_ns, 100 * kMs);
 }
 
+TEST(Scheduler, AHigherPriorityTakesThePlaceOfTheNewestOfTheLowest) {
+  SchedulerConfig config = small();
+  config.max_sequences = 3;
+  Engine engine(config);
+  Sequence& old_low = engine.add(2, 10, Priority::kLow);
+  Sequence& new_low = engine.add(2, 10, Priority::kLow);
+  Sequence& normal = engine.add(2, 10, Priority::kNormal);
+  engine.step();
+  engine.step();
+  ASSERT_EQ(new_low.generated(), 2U);
+  Sequence& high = engine.add(2, 10, Priority::kHigh);
+  Plan* plan = engine.schedule();
+  EXPECT_EQ(new_low.state, SequenceState::kWaiting);
+  EXPECT_TRUE(new_low.blocks.empty());
+  EXPECT_EQ(rows_of(plan), (Rows{{&normal, 3, 1, true}, {&old_low, 3, 1, true}, {&high, 0, 2, true}}));
+  EXPECT_EQ(engine.scheduler.preemptions(), 1U);
+  engine.commit(*plan);
+
+  engine.scheduler.finish(high, FinishReason::kCancelled);
+  plan = engine.schedule();
+  // Its tokens are kept, and computed anew; what it samples next is its third.
+  EXPECT_EQ(rows_of(plan), (Rows{{&normal, 4, 1, true}, {&old_low, 4, 1, true}, {&new_low, 0, 4, true}}));
+  engine.commit(*plan);
+  EXPECT_EQ(new_low.generated(), 3U);
+}
+
+TEST(Scheduler, AsManyArePreemptedAsWait) {
+  Engine engine(small());  // 4 rows
+  for (int i = 0; i < 4; ++i) engine.add(1, 10, Priority::kLow);
+  engine.step();
+  for (int i = 0; i < 3; ++i) engine.add(1, 10, Priority::kHigh);
+  engine.step();
+  EXPECT_EQ(engine.scheduler.preemptions(), 3U);
+  engine.step();
+  EXPECT_EQ(engine.scheduler.preemptions(), 3U) << "whoever gave up its place does not take it back";
+}
+
+TEST(Scheduler, NobodyIsPreemptedForItsOwnPriorityOrALower) {
+  SchedulerConfig config = small();
+  config.max_sequences = 2;
+  Engine engine(config);
+  engine.add(1, 10, Priority::kHigh);
+  engine.add(1, 10, Priority::kNormal);
+  engine.step();
+  engine.add(1, 10, Priority::kNormal);
+  engine.add(1, 10, Priority::kLow);
+  engine.step();
+  EXPECT_EQ(engine.scheduler.preemptions(), 0U);
+}
+
+TEST(Scheduler, OneThatHasAgedIsNotPreempted) {
+  SchedulerConfig config = small();
+  config.max_sequences = 1;
+  Engine engine(config, 100 * kMs);
+  Sequence& low = engine.add(1, 10, Priority::kLow, 0);
+  engine.commit(*engine.schedule(0));
+  engine.add(1, 10, Priority::kHigh, 100 * kMs);
+  engine.commit(*engine.schedule(100 * kMs));
+  EXPECT_EQ(low.state, SequenceState::kRunning);
+  EXPECT_EQ(low.generated(), 2U);
+}
+
+TEST(Scheduler, OneThatAPlanInFlightNamesIsNotPreempted) {
+  SchedulerConfig config = small();
+  config.max_sequences = 1;
+  Engine engine(config);
+  Sequence& low = engine.add(1, 10, Priority::kLow);
+  Plan* first = engine.schedule();
+  Sequence& high = engine.add(1, 10, Priority::kHigh);
+  Plan* second = engine.schedule();
+  EXPECT_EQ(low.state, SequenceState::kRunning);
+  engine.commit(*first);
+  if (second != nullptr) engine.commit(*second);
+  engine.step();
+  EXPECT_EQ(high.state, SequenceState::kRunning);
+}
+
+TEST(Scheduler, BlocksAreMadeFreeToo) {
+  SchedulerConfig config = small();
+  config.num_blocks = 16;  // of 4: one sequence of 64
+  Engine engine(config);
+  Sequence& low = engine.add(4, 20, Priority::kLow);        // 6 blocks
+  Sequence& normal = engine.add(4, 20, Priority::kNormal);  // 6 blocks
+  engine.step();
+  Sequence& high = engine.add(4, 36, Priority::kHigh);  // 10 blocks: 4 are left
+  engine.step();
+  EXPECT_EQ(low.state, SequenceState::kWaiting);
+  EXPECT_EQ(normal.state, SequenceState::kRunning);
+  EXPECT_EQ(high.state, SequenceState::kRunning);
+}
+
+TEST(Scheduler, NobodyIsPreemptedInVain) {
+  SchedulerConfig config = small();
+  config.num_blocks = 16;
+  Engine engine(config);
+  Sequence& low = engine.add(4, 4, Priority::kLow);      // 2 blocks
+  Sequence& first = engine.add(4, 36, Priority::kHigh);  // 10 blocks
+  engine.step();
+  Sequence& second = engine.add(4, 36, Priority::kHigh);  // 10 blocks: 4 are left, and 2 more would not do
+  engine.step();
+  EXPECT_EQ(low.state, SequenceState::kRunning);
+  EXPECT_EQ(second.state, SequenceState::kWaiting);
+  engine.scheduler.finish(first, FinishReason::kCancelled);
+  engine.step();
+  EXPECT_EQ(low.state, SequenceState::kRunning);
+  EXPECT_EQ(second.state, SequenceState::kRunning);
+}
+
 // A server's life under a simulated clock: random arrivals, cancels, pauses, failures and accepted tokens, with one or
 // two plans in flight, and what must hold checked after every step against a second book of accounts.
 class Simulation {
@@ -457,6 +565,7 @@ class Simulation {
   }
 
   std::uint64_t positions() const { return positions_; }
+  std::uint64_t preemptions() const { return preemptions_; }
 
  private:
   static constexpr std::size_t kQueue = 40;
@@ -515,7 +624,10 @@ class Simulation {
   void plan() {
     std::vector<Sequence*> waiting;
     engine_.heap.for_each([&](Sequence* sequence) { waiting.push_back(sequence); });
+    const std::vector<Sequence*> running = engine_.scheduler.running();
+    const std::uint64_t preemptions = engine_.scheduler.preemptions();
     Plan* plan = engine_.scheduler.schedule(clock_.now_ns());
+    account_for_preempted(running, engine_.scheduler.preemptions() - preemptions, waiting);
     // An aged one that still waits was overtaken by nobody who came after it.
     for (const Sequence* admitted : waiting) {
       if (admitted->state != SequenceState::kRunning) continue;
@@ -568,6 +680,24 @@ class Simulation {
     ASSERT_LE(tokens, engine_.config.token_budget);
     ASSERT_LE(plan->rows.size(), engine_.config.max_sequences);
     positions_ += tokens;
+  }
+
+  void account_for_preempted(const std::vector<Sequence*>& ran, std::uint64_t count,
+                             const std::vector<Sequence*>& waited) {
+    std::uint64_t seen = 0;
+    for (Sequence* sequence : ran) {
+      Book& book = books_[sequence];
+      if (sequence->state != SequenceState::kWaiting && sequence->scheduled >= book.computed) continue;
+      ++seen;
+      book.computed = 0;
+      ASSERT_EQ(book.in_flight, 0U) << "preempted while a plan names it";
+      ASSERT_LT(clock_.now_ns() - sequence->arrival_ns, ageing_ns_) << "an aged sequence was preempted";
+      ASSERT_TRUE(std::ranges::any_of(waited, [&](const Sequence* other) {
+        return other->priority > sequence->priority;
+      })) << "preempted for nobody";
+    }
+    ASSERT_LE(seen, count);  // one that had computed nothing may be back already
+    preemptions_ += count;
   }
 
   // A token tells its index, so that one that is lost, doubled or another's is seen. What has another past is -1, which
@@ -667,6 +797,7 @@ class Simulation {
   std::map<const Sequence*, Book> books_;
   std::size_t added_ = 0, released_ = 0;
   std::uint64_t positions_ = 0;
+  std::uint64_t preemptions_ = 0;
 };
 
 TEST(Scheduler, HoldsItsPromisesUnderRandomLoads) {
@@ -675,7 +806,7 @@ TEST(Scheduler, HoldsItsPromisesUnderRandomLoads) {
   const char* const given = std::getenv("RTS_SEED");
   const std::uint64_t first_seed = given != nullptr ? std::strtoull(given, nullptr, 10) : std::random_device{}();
   constexpr int kStepsOfALife = 400;
-  std::uint64_t positions = 0;
+  std::uint64_t positions = 0, preemptions = 0;
   for (int life = 0; life < steps / kStepsOfALife; ++life) {
     const std::uint64_t seed = first_seed + static_cast<std::uint64_t>(life);
     SCOPED_TRACE("RTS_SEED=" + std::to_string(seed));
@@ -683,8 +814,10 @@ TEST(Scheduler, HoldsItsPromisesUnderRandomLoads) {
     simulation.run(kStepsOfALife);
     if (HasFailure()) return;
     positions += simulation.positions();
+    preemptions += simulation.preemptions();
   }
   EXPECT_GT(positions, static_cast<std::uint64_t>(steps));
+  EXPECT_GT(preemptions, static_cast<std::uint64_t>(steps) / 1000);
 }
 
 }  // namespace

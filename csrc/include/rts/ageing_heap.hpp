@@ -93,6 +93,10 @@ class AgeingHeap {
     for (Index index = oldest_; index != kNone; index = nodes_[index].newer) fn(*nodes_[index].value);
   }
 
+  // Whether someone who came then has waited for ageing_ns. Subtracted from the present, not added to the arrival: that
+  // may be any number, and could overflow.
+  bool is_aged(std::int64_t arrival_ns, std::int64_t now_ns) const { return arrival_ns <= now_ns - ageing_ns_; }
+
   bool empty() const { return heap_.empty(); }
   bool full() const { return free_.empty(); }
   std::size_t size() const { return heap_.size(); }
@@ -123,9 +127,8 @@ class AgeingHeap {
            std::tuple(due(b.ticket), b.ticket.arrival_ns, b.order);
   }
 
-  // Subtracted from the present, not added to the arrival: that may be any number, and could overflow.
   Index next(std::int64_t now_ns) const {
-    return nodes_[oldest_].ticket.arrival_ns <= now_ns - ageing_ns_ ? oldest_ : heap_.front();
+    return is_aged(nodes_[oldest_].ticket.arrival_ns, now_ns) ? oldest_ : heap_.front();
   }
 
   void append_by_arrival(Index index) {

@@ -20,9 +20,11 @@ class BlockPool {
   std::uint32_t in_use() const { return size() - static_cast<std::uint32_t>(free_.size()); }
   std::uint32_t reserved() const { return reserved_; }
 
+  // Neither in use nor promised.
+  std::uint32_t available() const { return size() - in_use() - reserved_; }
   // Promises `blocks` more. False: that many are not left, and nothing is promised.
   bool reserve(std::uint32_t blocks) {
-    if (blocks > size() - in_use() - reserved_) return false;
+    if (blocks > available()) return false;
     reserved_ += blocks;
     return true;
   }

@@ -41,6 +41,10 @@ struct Plan {
 // Iteration-level scheduling: every step takes one position of each running sequence, then chunks of the prompts that
 // are being read, then admits from the heap what there is a row and blocks for, all within the token budget.
 //
+// Where one of a higher priority waits and there is no room for it, the newest sequence of the lowest priority below is
+// preempted: it gives up its row and blocks, keeps its tokens and its age in the heap, and is computed anew when it is
+// admitted again. One that has aged is not, so nobody is preempted for ever.
+//
 // schedule() and commit() are apart, and one plan may be in flight when the next is made: its tokens are then
 // placeholders. A sequence may be finished at any point; its row and blocks are freed once, when no plan names it any
 // more. Single-threaded; no allocation once warm.
@@ -66,15 +70,21 @@ class Scheduler {
   std::vector<Sequence*>& released() { return released_; }
 
   const std::vector<Sequence*>& running() const { return running_; }
+  std::uint64_t preemptions() const { return preemptions_; }
 
  private:
   static constexpr std::uint32_t kPlansInFlight = 2;
 
   std::uint32_t runnable(const Sequence& sequence) const;
-  std::uint32_t most_positions(const Sequence& sequence) const;
+  std::uint32_t most_blocks(const Sequence& sequence) const;
+  void make_room(std::int64_t now_ns);
+  bool is_outranked(const Sequence& sequence, Priority priority, std::int64_t now_ns) const;
+  std::size_t waiting_above(Priority priority) const;
+  void preempt(Sequence& sequence);
   bool admit(Sequence& sequence, std::int64_t now_ns);
   void add_row(Plan& plan, Sequence& sequence, std::uint32_t count);
   void accept(Sequence& sequence, std::span<const std::int32_t> tokens);
+  void free_memory(Sequence& sequence);
   void release(Sequence& sequence);
   void compact_running();
   Plan* free_plan();
@@ -86,6 +96,7 @@ class Scheduler {
   std::vector<Sequence*> running_;  // in the order of their admission
   std::vector<std::uint32_t> free_rows_;
   std::vector<Sequence*> released_;
+  std::uint64_t preemptions_ = 0;
   std::size_t first_decode_ = 0;  // where the next step starts to hand out the budget, if not all can have a part
   bool has_finished_ = false;     // running_ holds sequences that have finished
 };
