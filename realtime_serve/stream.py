@@ -14,6 +14,9 @@ from realtime_serve.engine.client import ChannelClient, ChannelShape
 from realtime_serve.errors import QueueFullError, stream_error
 from realtime_serve.types import MAX_SECONDS, StreamToken, Timings, Usage, number_problem
 
+# A reader whose model is faster than itself would never give the event loop its turn.
+_TOKENS_A_TURN = 64
+
 
 class TokenStream(AsyncIterator[StreamToken]):
     """One stream's tokens, in order. Leaving it early, by `aclose` or `async with`, cancels the sequence.
@@ -25,6 +28,7 @@ class TokenStream(AsyncIterator[StreamToken]):
     def __init__(self, stream: Stream, *, raises: bool = True) -> None:
         self._stream = stream
         self._raises = raises
+        self._taken = 0  # since the event loop had its turn
 
     @property
     def finish_reason(self) -> str | None:
@@ -43,7 +47,11 @@ class TokenStream(AsyncIterator[StreamToken]):
         return self
 
     async def __anext__(self) -> StreamToken:
+        if self._taken == _TOKENS_A_TURN:
+            self._taken = 0
+            await asyncio.sleep(0)
         while (token := self._stream.next_token()) is None:
+            self._taken = 0
             if self._stream.ended:
                 self._stream.close()
                 error = self._stream.error
@@ -51,6 +59,7 @@ class TokenStream(AsyncIterator[StreamToken]):
                     raise stream_error(error, self._stream.error_detail)
                 raise StopAsyncIteration
             await self._stream.readable()
+        self._taken += 1
         return StreamToken(*token)
 
     async def aclose(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from support import DEADLINE_S, until
 
-from realtime_serve import StreamManager, StreamToken
+from realtime_serve import StreamManager, StreamToken, TokenStream
 from realtime_serve.errors import QueueFullError
 
 # Long enough never to pass in a test that does not wait for it.
@@ -371,3 +371,23 @@ async def _cancel_all() -> None:
     for task in others:
         task.cancel()
     await asyncio.gather(*others, return_exceptions=True)
+
+
+async def test_a_reader_that_is_never_kept_waiting_leaves_the_loop_its_turn() -> None:
+    client = StreamManager(buffer_size=1000).open_channel(1, shared=False)
+    stream = client.pump.open("a", NEVER)
+    assert all(stream.push("x", index, None, False) for index in range(640))
+    stream.push_end()
+    turns = 0
+
+    async def others() -> None:
+        nonlocal turns
+        while True:
+            turns += 1
+            await asyncio.sleep(0)
+
+    busy = asyncio.ensure_future(others())
+    assert len([token async for token in TokenStream(stream)]) == 640
+    busy.cancel()
+    assert turns >= 9
+    client.pump.stop()
