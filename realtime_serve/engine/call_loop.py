@@ -18,17 +18,15 @@ from realtime_serve._core import (
     FinishReason,
     PayloadKind,
     StopMatcher,
-    StreamError,
-    Submission,
 )
 from realtime_serve.batch import BatchScheduler
+from realtime_serve.engine.call import Call, Port
 from realtime_serve.payload import Payload, PayloadError
 from realtime_serve.runners.callable import CallableModel, NonsenseError
-from realtime_serve.types import RequestPriority, StreamToken
+from realtime_serve.types import StreamToken
 
 log = logging.getLogger(__name__)
 
-_PRIORITIES = tuple(RequestPriority)
 # What a model's health_check may take, where it is async.
 _HEALTH_WITHIN_S = 5.0
 # What is left of the model's own tasks when the loop ends may take so long to end as well.
@@ -56,7 +54,7 @@ class CallLoop:
         self._model = model
         self._loop = loop
         self._scheduler = scheduler
-        self._ports: dict[Channel, _Port] = {}
+        self._ports: dict[Channel, Port] = {}
         self._predicting: _Prediction | None = None  # the call of the model that is under way
         self._stopping = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -123,7 +121,7 @@ class CallLoop:
     # Requests in
 
     def _attach(self, channel: Channel) -> None:
-        port = self._ports[channel] = _Port(ChannelServer(channel), self._scheduler, self._take_in)
+        port = self._ports[channel] = Port(ChannelServer(channel), self._scheduler, self._take_in)
         self._loop.add_reader(port.server.bell_fd, self._on_bell, port)
         self._take_in()
 
@@ -137,7 +135,7 @@ class CallLoop:
             self._predicting.give_up_if_unwanted()
         port.server.flush()
 
-    def _on_bell(self, port: _Port) -> None:
+    def _on_bell(self, port: Port) -> None:
         port.server.wake()
         self._take_in()
 
@@ -157,16 +155,16 @@ class CallLoop:
                 is_armed = server.arm()
         self._flush()
 
-    def _take_new(self, port: _Port) -> None:
+    def _take_new(self, port: Port) -> None:
         for submission in port.server.take():
-            call = port.calls[submission.slot] = _Call(port, submission)
+            call = port.calls[submission.slot] = Call(port, submission)
             deadline = submission.deadline_ns / 1e9 if submission.deadline_ns else math.inf
             arrival = submission.arrival_ns / 1e9
             call.queued_as = self._scheduler.enqueue_nowait(call, arrival=arrival, deadline=deadline)
 
-    async def _next_batch(self, limit: int | None = None) -> list[_Call]:
+    async def _next_batch(self, limit: int | None = None) -> list[Call]:
         self._take_in()
-        batch: list[_Call] = await self._scheduler.get_batch(limit)
+        batch: list[Call] = await self._scheduler.get_batch(limit)
         release = BatchRelease.__members__[self._scheduler.last_release.upper()]
         for call in batch:
             call.server.start(call.slot)
@@ -195,7 +193,7 @@ class CallLoop:
             self._flush()
             await asyncio.sleep(0)  # commands' and slow readers' turn, also where the next batch is full already
 
-    async def _predict(self, batch: list[tuple[_Call, Any]]) -> None:
+    async def _predict(self, batch: list[tuple[Call, Any]]) -> None:
         """Where the model raises, it is called again with each half of the batch: so the request that it raises for
         fails alone."""
         batch = [(call, value) for call, value in batch if call.is_open]
@@ -230,7 +228,7 @@ class CallLoop:
         await self._predict(batch[:middle])
         await self._predict(batch[middle:])
 
-    def _answer(self, call: _Call, output: Any) -> None:
+    def _answer(self, call: Call, output: Any) -> None:
         if not call.is_open:
             return
         wanted = call.submission.answer_kind
@@ -266,7 +264,7 @@ class CallLoop:
         self._place_freed.set()
         self._flush()
 
-    async def _generate(self, call: _Call) -> None:
+    async def _generate(self, call: Call) -> None:
         try:
             call.end(await self._write_tokens(call))
         except NonsenseError as error:
@@ -279,7 +277,7 @@ class CallLoop:
         except (Exception, SystemExit) as error:
             call.raised(error)
 
-    async def _write_tokens(self, call: _Call) -> FinishReason:
+    async def _write_tokens(self, call: Call) -> FinishReason:
         """Up to max_tokens tokens or a stop string; why it ended. While a stop string may have begun, a token is kept
         until the next one is there: if none comes, it gets the text that was held back."""
         submission = call.submission
@@ -314,7 +312,7 @@ class CallLoop:
         return FinishReason.STOP if stopped else FinishReason.LENGTH
 
 
-def _with_inputs(batch: list[_Call]) -> list[tuple[_Call, Any]]:
+def _with_inputs(batch: list[Call]) -> list[tuple[Call, Any]]:
     """The calls whose payloads are what they should be, with their values; the others are refused."""
     usable = []
     for call in batch:
@@ -329,7 +327,7 @@ def _with_inputs(batch: list[_Call]) -> list[tuple[_Call, Any]]:
 class _Prediction:
     """A call of a `predict` that is async. It ends early where nobody waits for its outputs any more."""
 
-    def __init__(self, work: Coroutine[Any, Any, list[Any]], calls: list[_Call]) -> None:
+    def __init__(self, work: Coroutine[Any, Any, list[Any]], calls: list[Call]) -> None:
         self._calls = calls
         self._task = asyncio.get_running_loop().create_task(_outcome(work))
 
@@ -368,88 +366,3 @@ async def _end_what_is_left() -> None:
     if left:
         await asyncio.wait(left, timeout=_LEAVE_WITHIN_S)
     await asyncio.get_running_loop().shutdown_asyncgens()
-
-
-class _Port:
-    """A channel, and the calls of its open slots."""
-
-    def __init__(self, server: ChannelServer, scheduler: BatchScheduler, take_in: Callable[[], None]) -> None:
-        self.server = server
-        self.scheduler = scheduler
-        self.calls: dict[int, _Call] = {}
-        self.take_in = take_in
-
-
-class _Call:
-    """A request from the channel to the end of its answer."""
-
-    def __init__(self, port: _Port, submission: Submission) -> None:
-        self.submission = submission
-        self.slot = submission.slot
-        self.priority = _PRIORITIES[submission.priority]
-        self.server = port.server
-        self.room = asyncio.Event()
-        self.task: asyncio.Task[None] | None = None
-        self.is_open = True
-        self.queued_as = -1
-        self._port = port
-
-    def end(self, reason: FinishReason, error: StreamError = StreamError.NONE, detail: str = "") -> None:
-        if self.is_open:
-            self.is_open = False
-            del self._port.calls[self.slot]
-            self._port.scheduler.withdraw(self.queued_as)
-            # Names and messages are the model's: they may hold what UTF-8 has no bytes for.
-            self.server.end(self.slot, reason, error, detail.encode(errors="replace").decode())
-
-    def cancel(self) -> None:
-        """Its reader has left."""
-        if self.task is not None:
-            self.task.cancel()
-        self.end(FinishReason.CANCELLED)
-
-    def refuse(self, detail: str) -> None:
-        self.end(FinishReason.ERROR, StreamError.INVALID_REQUEST, detail)
-
-    def fail(self, detail: str) -> None:
-        """The model gave no answer that could be sent."""
-        if not self.is_open:
-            return
-        log.error("request %s: %s", self.submission.request_id, detail)
-        self.end(FinishReason.ERROR, StreamError.MODEL_FAILED, detail)
-
-    def raised(self, error: BaseException) -> None:
-        """What the model raised goes to the log; its caller is told the type."""
-        if isinstance(error, asyncio.CancelledError) and not self.is_open:
-            return  # it was given up
-        request_id = self.submission.request_id
-        log.error("request %s: the model raised", request_id, exc_info=error)
-        detail = f"the model raised {type(error).__name__} for request {request_id}; the log has the traceback"
-        self.end(FinishReason.ERROR, StreamError.MODEL_FAILED, detail)
-
-    async def write_token(self, token: StreamToken) -> None:
-        for text in _pieces(token.token):
-            while not self.server.write_token(self.slot, text, token.token_id, token.logprob, token.is_special):
-                await self._wait_for_room()
-        self.server.flush()
-
-    async def write_payload(self, payload: Payload) -> None:
-        size = ChannelServer.max_piece_bytes
-        for start in range(0, len(payload.data), size):
-            while not self.server.write_payload(self.slot, payload.kind, payload.data[start : start + size]):
-                await self._wait_for_room()
-        self.end(FinishReason.STOP)
-        self.server.flush()
-
-    async def _wait_for_room(self) -> None:
-        self.room.clear()
-        self._port.take_in()  # its bell then rings for room as well
-        await self.room.wait()
-
-
-def _pieces(text: str) -> list[str]:
-    """A text in parts that a token record takes; of itself where it is short."""
-    size = ChannelServer.max_piece_bytes // 4  # characters: UTF-8 has at most 4 bytes for one
-    if len(text) <= size:
-        return [text]
-    return [text[start : start + size] for start in range(0, len(text), size)]
