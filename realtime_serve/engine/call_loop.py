@@ -203,7 +203,7 @@ class CallLoop:
         outputs: Any
         try:
             outputs = self._model.predict([value for _, value in batch])
-        except (Exception, SystemExit) as error:  # a SystemExit would end the event loop
+        except (Exception, SystemExit, asyncio.CancelledError) as error:  # the latter two would end the event loop
             outputs = error
         if asyncio.iscoroutine(outputs):
             self._predicting = _Prediction(outputs, [call for call, _ in batch])

@@ -328,8 +328,7 @@ async def test_what_raises_fails_alone(start: Start, error: BaseException, caplo
     model.gate.set()
     assert await first.output() == 0
     message = await failure(asked[2])
-    name = "RuntimeError" if isinstance(error, StopIteration) else type(error).__name__
-    assert message == f"the model raised {name} for request r1; the log has the traceback"
+    assert message == f"the model raised {type(error).__name__} for request r1; the log has the traceback"
     assert [await one.output() for one in asked if one is not asked[2]] == [1, 2, 3, 4, 5, 6, 7]
     # By halves: of 8 inputs, no more than 2 calls at each of the 3 levels below the first.
     assert len(model.batches) == 2 + 2 * 3
