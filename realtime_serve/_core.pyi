@@ -75,8 +75,8 @@ class Submission:
     priority: int
     arrival_ns: int
     deadline_ns: int
-    payload_kind: PayloadKind
-    answer_kind: PayloadKind
+    payload_kind: int
+    answer_kind: int
     request_id: str
     stops: list[str]
     payload: bytes
@@ -104,9 +104,9 @@ class ChannelServer:
         """The model begins to work on it."""
     def write_token(self, slot: int, text: str, token_id: int, logprob: float | None, special: bool) -> bool:
         """False: there is no room at the moment."""
-    def write_payload(self, slot: int, kind: PayloadKind, piece: bytes) -> bool:
+    def write_payload(self, slot: int, kind: int, piece: bytes) -> bool:
         """False: there is no room at the moment."""
-    def end(self, slot: int, reason: FinishReason, error: StreamError = ..., detail: str = "") -> None: ...
+    def end(self, slot: int, reason: int, error: int = 0, detail: str = "") -> None: ...
     def flush(self) -> None:
         """Wakes the front end where need be."""
     def count_step(self, took_ns: int) -> None: ...

@@ -61,7 +61,7 @@ class BatchScheduler:
         self._ageing_ns = ageing_ms * 1_000_000
         self._queue = self._new_queue()
         self._requests: dict[int, _Waiting] = {}  # by number; the queue may have withdrawn ones as well
-        self._earliest_deadline = math.inf  # of those
+        self._earliest_deadline: float | None = None  # of those; None: it is to be found
         self._next_number = 0
         self._changed = asyncio.Event()
         # What is learned of batches: how many requests the last one had, and how long one is worked on.
@@ -95,7 +95,8 @@ class BatchScheduler:
             self._queue = self._new_queue()
             for known in self._requests.items():
                 self._push(*known)
-        self._earliest_deadline = min(self._earliest_deadline, deadline)
+        if self._earliest_deadline is not None:
+            self._earliest_deadline = min(self._earliest_deadline, deadline)
         self._total_requests += 1
         self._changed.set()
         return number
@@ -104,7 +105,7 @@ class BatchScheduler:
         """Takes a request out that nobody waits for any more; nothing where it is in a batch already."""
         gone = self._requests.pop(number, None)
         if gone is not None and gone.deadline == self._earliest_deadline:
-            self._find_earliest_deadline()
+            self._earliest_deadline = None
         self._changed.set()
 
     async def get_batch(self, limit: int | None = None) -> list[Any]:
@@ -150,6 +151,8 @@ class BatchScheduler:
 
     async def _fill(self, most: int) -> str | None:
         """Waits until the batch is to be released; why it is, or None where all its requests were withdrawn."""
+        if len(self._requests) >= most:
+            return "full"
         config = self.config
         first = min(waiting.arrival for waiting in self._requests.values())
         latest = first + config.max_wait_ms / 1e3
@@ -158,7 +161,7 @@ class BatchScheduler:
         patience = max(first, self._clock()) + _WAIT_SHARE * self._step_s
         while len(self._requests) < most:
             now = self._clock()
-            start_by = self._earliest_deadline - self._step_s
+            start_by = self._find_earliest_deadline() - self._step_s
             if now >= latest:
                 return "timeout"
             if now >= start_by:
@@ -181,7 +184,7 @@ class BatchScheduler:
                 continue  # withdrawn
             batch.append(waiting.request)
             self._total_wait_s += now - waiting.arrival
-        self._find_earliest_deadline()
+        self._earliest_deadline = None
         self._batches[self._last_release] += 1
         self._sizes[len(batch)] += 1
         self._last_size = len(batch)
@@ -199,8 +202,10 @@ class BatchScheduler:
     def _push(self, number: int, waiting: _Waiting) -> bool:
         return self._queue.push(waiting.request.priority.value, int(waiting.arrival * 1e9), 0, number)
 
-    def _find_earliest_deadline(self) -> None:
-        self._earliest_deadline = min((waiting.deadline for waiting in self._requests.values()), default=math.inf)
+    def _find_earliest_deadline(self) -> float:
+        if self._earliest_deadline is None:
+            self._earliest_deadline = min(waiting.deadline for waiting in self._requests.values())
+        return self._earliest_deadline
 
     @staticmethod
     def _clock() -> float:

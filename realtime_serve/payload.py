@@ -21,7 +21,7 @@ class PayloadError(ValueError):
     """Bytes that are not what they are said to be, or a value that has no such form; the message says which."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: making one would take twice as long
 class Payload:
     """A value's bytes and what they are."""
 

@@ -58,6 +58,7 @@ class BoundChannelServer {
   ChannelServer server_;
 };
 
+// What passes for each request passes as a number: pybind11 takes a microsecond to convert an enumeration's member.
 template <class T>
 int as_int(T value) {
   return static_cast<int>(value);
@@ -113,8 +114,8 @@ void register_channel_server(py::module_& m) {
       .def_property_readonly("priority", [](const Submission& self) { return as_int(self.priority); })
       .def_readonly("arrival_ns", &Submission::arrival_ns)
       .def_readonly("deadline_ns", &Submission::deadline_ns)
-      .def_readonly("payload_kind", &Submission::payload_kind)
-      .def_readonly("answer_kind", &Submission::answer_kind)
+      .def_property_readonly("payload_kind", [](const Submission& self) { return as_int(self.payload_kind); })
+      .def_property_readonly("answer_kind", [](const Submission& self) { return as_int(self.answer_kind); })
       .def_readonly("request_id", &Submission::request_id)
       .def_readonly("stops", &Submission::stops)
       .def_readonly("payload", &Submission::payload)
@@ -147,15 +148,19 @@ void register_channel_server(py::module_& m) {
           "slot"_a, "text"_a, "token_id"_a, "logprob"_a, "special"_a, "False: there is no room at the moment.")
       .def(
           "write_payload",
-          [](BoundChannelServer& self, std::uint32_t slot, PayloadKind kind, const py::bytes& piece) {
-            return self.server().write_payload(self.open_slot(slot), kind, std::string_view(piece));
+          [](BoundChannelServer& self, std::uint32_t slot, std::uint8_t kind, const py::bytes& piece) {
+            return self.server().write_payload(self.open_slot(slot), static_cast<PayloadKind>(kind),
+                                               std::string_view(piece));
           },
           "slot"_a, "kind"_a, "piece"_a, "False: there is no room at the moment.")
       .def(
           "end",
-          [](BoundChannelServer& self, std::uint32_t slot, FinishReason reason, StreamError error,
-             std::string_view detail) { self.server().end(self.open_slot(slot), reason, error, detail); },
-          "slot"_a, "reason"_a, "error"_a = StreamError::kNone, "detail"_a = "")
+          [](BoundChannelServer& self, std::uint32_t slot, std::uint8_t reason, std::uint8_t error,
+             std::string_view detail) {
+            self.server().end(self.open_slot(slot), static_cast<FinishReason>(reason), static_cast<StreamError>(error),
+                              detail);
+          },
+          "slot"_a, "reason"_a, "error"_a = 0, "detail"_a = "")
       .def(
           "flush", [](BoundChannelServer& self) { self.server().flush(); }, "Wakes the front end where need be.")
       .def(

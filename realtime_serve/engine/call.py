@@ -14,6 +14,7 @@ from realtime_serve.types import RequestPriority, StreamToken
 log = logging.getLogger(__name__)
 
 _PRIORITIES = tuple(RequestPriority)
+MAX_PIECE_BYTES = ChannelServer.max_piece_bytes
 
 
 class Port:
@@ -34,17 +35,19 @@ class Call:
         self.slot = submission.slot
         self.priority = _PRIORITIES[submission.priority]
         self.server = port.server
-        self.room = asyncio.Event()
         self.task: asyncio.Task[None] | None = None
         self.is_open = True
-        self.queued_as = -1
+        self.queued_as: int | None = None
+        """Its number in the scheduler, while it is there."""
         self._port = port
+        self._room: asyncio.Event | None = None  # while it waits for some
 
     def end(self, reason: FinishReason, error: StreamError = StreamError.NONE, detail: str = "") -> None:
         if self.is_open:
             self.is_open = False
             del self._port.calls[self.slot]
-            self._port.scheduler.withdraw(self.queued_as)
+            if self.queued_as is not None:
+                self._port.scheduler.withdraw(self.queued_as)
             # Names and messages are the model's: they may hold what UTF-8 has no bytes for.
             self.server.end(self.slot, reason, error, detail.encode(errors="replace").decode())
 
@@ -80,22 +83,27 @@ class Call:
         self.server.flush()
 
     async def write_payload(self, payload: Payload) -> None:
-        size = ChannelServer.max_piece_bytes
-        for start in range(0, len(payload.data), size):
-            while not self.server.write_payload(self.slot, payload.kind, payload.data[start : start + size]):
+        for start in range(0, len(payload.data), MAX_PIECE_BYTES):
+            piece = payload.data[start : start + MAX_PIECE_BYTES]
+            while not self.server.write_payload(self.slot, payload.kind, piece):
                 await self._wait_for_room()
         self.end(FinishReason.STOP)
         self.server.flush()
 
     async def _wait_for_room(self) -> None:
-        self.room.clear()
+        self._room = asyncio.Event()
         self._port.take_in()  # its bell then rings for room as well
-        await self.room.wait()
+        await self._room.wait()
+
+    def has_room(self) -> None:
+        """There is room for a piece again."""
+        if self._room is not None:
+            self._room.set()
 
 
 def _pieces(text: str) -> list[str]:
     """A text in parts that a token record takes; of itself where it is short."""
-    size = ChannelServer.max_piece_bytes // 4  # characters: UTF-8 has at most 4 bytes for one
+    size = MAX_PIECE_BYTES // 4  # characters: UTF-8 has at most 4 bytes for one
     if len(text) <= size:
         return [text]
     return [text[start : start + size] for start in range(0, len(text), size)]

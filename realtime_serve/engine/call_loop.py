@@ -20,12 +20,14 @@ from realtime_serve._core import (
     StopMatcher,
 )
 from realtime_serve.batch import BatchScheduler
-from realtime_serve.engine.call import Call, Port
+from realtime_serve.engine.call import MAX_PIECE_BYTES, Call, Port
 from realtime_serve.payload import Payload, PayloadError
 from realtime_serve.runners.callable import CallableModel, NonsenseError
 from realtime_serve.types import StreamToken
 
 log = logging.getLogger(__name__)
+
+_KINDS = tuple(PayloadKind)  # by number
 
 # What a model's health_check may take, where it is async.
 _HEALTH_WITHIN_S = 5.0
@@ -151,7 +153,7 @@ class CallLoop:
                     if self._predicting is not None:
                         self._predicting.give_up_if_unwanted()
                 for slot in server.with_room():
-                    port.calls[slot].room.set()
+                    port.calls[slot].has_room()
                 is_armed = server.arm()
         self._flush()
 
@@ -167,6 +169,7 @@ class CallLoop:
         batch: list[Call] = await self._scheduler.get_batch(limit)
         release = BatchRelease.__members__[self._scheduler.last_release.upper()]
         for call in batch:
+            call.queued_as = None
             call.server.start(call.slot)
         for port in self._ports.values():
             port.server.count_batch(len(batch), release)
@@ -231,7 +234,7 @@ class CallLoop:
     def _answer(self, call: Call, output: Any) -> None:
         if not call.is_open:
             return
-        wanted = call.submission.answer_kind
+        wanted = _KINDS[call.submission.answer_kind]
         try:
             payload = Payload.of(output, wanted)
         except PayloadError as error:
@@ -240,9 +243,7 @@ class CallLoop:
             else:
                 call.refuse(f"Accept: the model's output cannot be sent in this form: {error}")
             return
-        if len(payload.data) <= ChannelServer.max_piece_bytes and call.server.write_payload(
-            call.slot, payload.kind, payload.data
-        ):
+        if len(payload.data) <= MAX_PIECE_BYTES and call.server.write_payload(call.slot, payload.kind, payload.data):
             call.end(FinishReason.STOP)
         else:  # the next batch does not wait for its reader
             call.task = self._start(call.write_payload(payload))
@@ -318,7 +319,7 @@ def _with_inputs(batch: list[Call]) -> list[tuple[Call, Any]]:
     for call in batch:
         submission = call.submission
         try:
-            usable.append((call, Payload(submission.payload_kind, submission.payload).value()))
+            usable.append((call, Payload(_KINDS[submission.payload_kind], submission.payload).value()))
         except PayloadError as error:
             call.refuse(f"input: {error}")
     return usable
