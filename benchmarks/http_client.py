@@ -8,10 +8,10 @@ import socket
 from typing import Any
 
 
-def post(body: dict[str, Any]) -> bytes:
-    """A request to /infer."""
+def post(body: dict[str, Any], path: str = "/infer") -> bytes:
     encoded = json.dumps(body).encode()
-    return b"POST /infer HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n\r\n%b" % (len(encoded), encoded)
+    head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(encoded)}\r\n\r\n"
+    return head.encode() + encoded
 
 
 class Client:

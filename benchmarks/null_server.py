@@ -1,6 +1,7 @@
-"""Serves `null` over HTTP on any free port, which it prints, until it is told to stop."""
+"""Serves `null`, or a model that predicts, over HTTP on any free port, which it prints, until it is told to stop."""
 
 import asyncio
+import sys
 
 import uvloop
 
@@ -14,8 +15,16 @@ def null_server(**settings: object) -> InferenceServer:
     return server
 
 
+def predict_server() -> InferenceServer:
+    from instant_model import InstantModel
+
+    server = InferenceServer(ServerConfig(host="127.0.0.1", port=0, rate_limit_per_minute=0))
+    server.register_model(ModelConfig(name="instant", device="cpu"), InstantModel)
+    return server
+
+
 async def main() -> None:
-    server = null_server()
+    server = predict_server() if "predict" in sys.argv else null_server()
     serving = asyncio.ensure_future(server.start())
     while server.port is None and not serving.done():  # noqa: ASYNC110 (nothing tells when it listens)
         await asyncio.sleep(0.01)

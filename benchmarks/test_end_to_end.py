@@ -11,7 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -27,8 +27,20 @@ _STREAMS = 32
 
 @pytest.fixture(scope="module")
 def port() -> Iterator[int]:
-    server = Path(__file__).with_name("null_server.py")
-    with subprocess.Popen([sys.executable, "-P", server], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
+    with _serving() as listens_on:
+        yield listens_on
+
+
+@pytest.fixture(scope="module")
+def predict_port() -> Iterator[int]:
+    with _serving("predict") as listens_on:
+        yield listens_on
+
+
+@contextmanager
+def _serving(*arguments: str) -> Iterator[int]:
+    command = [sys.executable, Path(__file__).with_name("null_server.py"), *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         try:
             assert process.stdout is not None
             listens_on = int(process.stdout.readline())
@@ -75,6 +87,25 @@ def test_http_first_token(measure, port: int) -> None:
     request = post({"prompt": "hi", "max_tokens": 1})
     with closing(Client(port, 1)) as client:
         measure(lambda: client.ask(request), operations=1, rounds=500, budget_ns=300_000)
+
+
+def test_http_predict_alone(measure, predict_port: int) -> None:
+    """A prediction of a model that costs nothing, the server being idle."""
+    request = post({"input": [1.0, 2.0, 3.0, 4.0]}, "/predict")
+    with closing(Client(predict_port, 1)) as client:
+        measure(lambda: client.ask(request), operations=1, rounds=500)
+
+
+def test_http_predict(measure, predict_port: int) -> None:
+    """A prediction of a model that costs nothing, 64 connections."""
+    connections, times = 64, 10
+    request = post({"input": [1.0, 2.0, 3.0, 4.0]}, "/predict")
+
+    def run() -> None:
+        assert all(b'"output":[1.0,2.0,3.0,4.0]' in answer for answer in client.ask(request, times))
+
+    with closing(Client(predict_port, connections)) as client:
+        measure(run, operations=connections * times, rounds=10)
 
 
 @pytest.fixture(scope="module")
