@@ -82,6 +82,9 @@ class Pump:
     @property
     def longest_wait_s(self) -> float:
         """How long the stream that has waited longest for its worker has done so; 0 where none waits."""
+    @property
+    def longest_timeout_s(self) -> float:
+        """The longest that a stream which is open now may be without a token."""
     def submit(
         self,
         *,

@@ -106,6 +106,7 @@ class Model:
             raise InvalidRequestError(
                 f"inputs must be at most {client.channel.slots} here; there are {len(request.inputs)}", "inputs"
             )
+        client.check_room(len(request.inputs), self.name)
         streams: list[Stream] = []
         try:
             for value in request.inputs:

@@ -12,7 +12,7 @@ from realtime_serve._core import PayloadKind
 from realtime_serve._pump import Stream
 from realtime_serve.config import BatchConfig, ServerConfig
 from realtime_serve.engine.step_loop import EngineLimits
-from realtime_serve.errors import ShuttingDownError, bounded_retry_after, stream_error
+from realtime_serve.errors import ModelUnavailableError, ShuttingDownError, bounded_retry_after, stream_error
 from realtime_serve.middleware import (
     ClientPriorities,
     MetricsCollector,
@@ -124,6 +124,8 @@ class InferenceService:
                 if stream.error:
                     where = f"inputs[{index}]: " if len(streams) > 1 else ""
                     raise stream_error(stream.error, stream.error_detail and where + stream.error_detail)
+                if stream.finish_reason == "cancelled":  # its worker was stopped: no answer, or a part of one
+                    raise ModelUnavailableError(f"model {model.name!r} was stopped before it answered")
                 outputs.append(Payload(PayloadKind(kind), data))
             return Outcome(model.name, model.version, "stop", Usage(), Timings(*streams[-1].timings()))
         finally:

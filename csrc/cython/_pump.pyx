@@ -382,6 +382,11 @@ cdef class Pump:
         """How long the stream that has waited longest for its worker has done so; 0 where none waits."""
         return self.table.get().longest_wait_ns() / 1e9
 
+    @property
+    def longest_timeout_s(self):
+        """The longest that a stream which is open now may be without a token."""
+        return self.table.get().longest_timeout_ns() / 1e9
+
     def submit(self, *, str request_id, str model, str version, list prompt_ids, int priority, double timeout_s,
                int32_t max_tokens=1, float temperature=1.0, float top_p=1.0, int32_t top_k=0, float min_p=0.0,
                float repetition_penalty=1.0, float presence_penalty=0.0, float frequency_penalty=0.0,

@@ -140,5 +140,6 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         const EndExtension& end(uint32_t)
         int64_t last_progress_ns(uint32_t)
         int64_t longest_wait_ns()
+        int64_t longest_timeout_ns()
         const TokenGaps& token_gaps_us()
         uint32_t open_streams()

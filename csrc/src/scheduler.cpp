@@ -75,10 +75,13 @@ Plan* Scheduler::schedule(std::int64_t now_ns) {
   return plan;
 }
 
-// Preempts for those who wait and have a higher priority. Before the step is planned, so that no plan names who is
-// preempted; whoever it is done for is admitted once the step's budget reaches it.
+// Preempts for those who wait and have a higher priority, and admits them. Before the step is planned, so that no plan
+// names who is preempted; and for no more than its budget has positions for.
 void Scheduler::make_room(std::int64_t now_ns) {
-  while (!waiting_.full()) {
+  // Every running one takes a position, but for whoever is preempted.
+  const std::uint64_t budget = std::uint64_t{config_.token_budget} + 1;
+  std::uint64_t left = budget - std::min<std::uint64_t>(budget, running_.size());
+  while (left > 0 && !waiting_.full()) {
     Sequence* const* next = waiting_.peek(now_ns);
     if (next == nullptr || (*next)->priority == Priority::kLow) return;
     Sequence* newest_of_lowest = nullptr;
@@ -88,22 +91,17 @@ void Scheduler::make_room(std::int64_t now_ns) {
       blocks += sequence->blocks.size() + sequence->reserved_blocks;
       if (newest_of_lowest == nullptr || sequence->priority <= newest_of_lowest->priority) newest_of_lowest = sequence;
     }
-    const std::uint32_t needed = most_blocks(**next);
-    if (newest_of_lowest == nullptr || blocks < needed) return;
-    const bool has_rows = free_rows_.size() >= waiting_above(newest_of_lowest->priority);
-    if (has_rows && blocks_.available() >= needed) return;
-    preempt(*newest_of_lowest);
+    if (newest_of_lowest == nullptr || blocks < most_blocks(**next)) return;
+    if (admit(**next, now_ns)) {
+      left -= std::min<std::uint64_t>(left, runnable(**waiting_.pop(now_ns)));
+    } else {
+      preempt(*newest_of_lowest);
+    }
   }
 }
 
 bool Scheduler::is_outranked(const Sequence& sequence, Priority priority, std::int64_t now_ns) const {
   return sequence.priority < priority && sequence.in_flight == 0 && !waiting_.is_aged(sequence.arrival_ns, now_ns);
-}
-
-std::size_t Scheduler::waiting_above(Priority priority) const {
-  std::size_t above = waiting_.size(Priority::kHigh);
-  if (priority == Priority::kLow) above += waiting_.size(Priority::kNormal);
-  return above;
 }
 
 void Scheduler::preempt(Sequence& sequence) {

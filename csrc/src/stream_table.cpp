@@ -314,6 +314,14 @@ std::int64_t StreamTable::longest_wait_ns() const {
   return longest;
 }
 
+std::int64_t StreamTable::longest_timeout_ns() const {
+  std::int64_t longest = 0;
+  for (const Stream& open : streams_) {
+    if (open.state != State::kFree) longest = std::max(longest, open.timeout_ns);
+  }
+  return longest;
+}
+
 void StreamTable::close(std::uint32_t slot) {
   Stream& closed = stream(slot);
   if (closed.writer && closed.push_open) push_end(slot);

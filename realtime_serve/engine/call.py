@@ -77,12 +77,14 @@ class Call:
         self.end(FinishReason.ERROR, StreamError.MODEL_FAILED, detail)
 
     async def write_token(self, token: StreamToken) -> None:
+        self._check_open()
         for text in _pieces(token.token):
             while not self.server.write_token(self.slot, text, token.token_id, token.logprob, token.is_special):
                 await self._wait_for_room()
         self.server.flush()
 
     async def write_payload(self, payload: Payload) -> None:
+        self._check_open()
         for start in range(0, len(payload.data), MAX_PIECE_BYTES):
             piece = payload.data[start : start + MAX_PIECE_BYTES]
             while not self.server.write_payload(self.slot, payload.kind, piece):
@@ -90,10 +92,16 @@ class Call:
         self.end(FinishReason.STOP)
         self.server.flush()
 
+    def _check_open(self) -> None:
+        """A model can outlive its cancellation, and the slot be another request's by then."""
+        if not self.is_open:
+            raise asyncio.CancelledError
+
     async def _wait_for_room(self) -> None:
         self._room = asyncio.Event()
         self._port.take_in()  # its bell then rings for room as well
         await self._room.wait()
+        self._check_open()
 
     def has_room(self) -> None:
         """There is room for a piece again."""

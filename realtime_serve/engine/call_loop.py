@@ -132,7 +132,7 @@ class CallLoop:
         self._loop.remove_reader(port.server.bell_fd)
         self._take_new(port)  # what is still in its lanes must not end in silence
         for call in list(port.calls.values()):
-            call.end(FinishReason.CANCELLED)
+            call.cancel()
         if self._predicting is not None:
             self._predicting.give_up_if_unwanted()
         port.server.flush()
@@ -206,7 +206,7 @@ class CallLoop:
         outputs: Any
         try:
             outputs = self._model.predict([value for _, value in batch])
-        except (Exception, SystemExit, asyncio.CancelledError) as error:  # the latter two would end the event loop
+        except BaseException as error:  # this call is not async: whatever it raises is the model's own
             outputs = error
         if asyncio.iscoroutine(outputs):
             self._predicting = _Prediction(outputs, [call for call, _ in batch])
@@ -275,7 +275,9 @@ class CallLoop:
                 call.end(FinishReason.CANCELLED)
                 raise
             call.raised(error)
-        except (Exception, SystemExit) as error:
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # whatever the model raises is its own, and ends this request alone
             call.raised(error)
 
     async def _write_tokens(self, call: Call) -> FinishReason:
@@ -349,7 +351,9 @@ class _Prediction:
 async def _outcome(work: Coroutine[Any, Any, list[Any]]) -> list[Any] | BaseException:
     try:
         return await work
-    except (Exception, SystemExit) as error:
+    except (asyncio.CancelledError, GeneratorExit):
+        raise
+    except BaseException as error:
         return error
 
 

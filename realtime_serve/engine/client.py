@@ -56,8 +56,6 @@ class ChannelClient:
         self.pump = Pump(self.channel, self._loop, shape.cut_after_s)
         self.pump.start()
         self._rate = DrainRate()
-        self.longest_timeout_s = 0.0
-        """Of the requests so far."""
 
     def submit(self, request: InferenceRequest, prompt: list[int] | Payload, *, model: str, version: str) -> Stream:
         """Queues the request, whose prompt is token ids, or text for a model that is called.
@@ -86,7 +84,7 @@ class ChannelClient:
             timeout_s=request.timeout,
             **(self._payload(prompt) if isinstance(prompt, Payload) else {}),
         )
-        return self._opened(stream, model, request.timeout)
+        return self._opened(stream, model)
 
     def submit_input(self, request: PredictRequest, payload: Payload, *, model: str, version: str) -> Stream:
         """Queues one of the request's inputs.
@@ -104,7 +102,18 @@ class ChannelClient:
             answer_kind=0 if request.output_kind is None else int(request.output_kind),
             **self._payload(payload),
         )
-        return self._opened(stream, model, request.timeout)
+        return self._opened(stream, model)
+
+    def check_room(self, count: int, model: str) -> None:
+        """Raises QueueFullError where so many requests would not all be taken; no slot is then touched."""
+        if self.pump.open_streams + count > self.channel.slots:
+            raise self._full(model)
+
+    def _full(self, model: str) -> QueueFullError:
+        return QueueFullError(
+            f"model {model!r} has {self.pump.open_streams} requests running or waiting, which is all it takes",
+            retry_after=self._drained_after(),
+        )
 
     def _payload(self, payload: Payload) -> dict[str, Any]:
         if len(payload.data) > self._max_payload_bytes:
@@ -113,14 +122,10 @@ class ChannelClient:
             )
         return {"payload_kind": int(payload.kind), "payload": payload.data}
 
-    def _opened(self, stream: Stream | None, model: str, timeout_s: float) -> Stream:
+    def _opened(self, stream: Stream | None, model: str) -> Stream:
         if stream is None:
-            raise QueueFullError(
-                f"model {model!r} has {self.pump.open_streams} requests running or waiting, which is all it takes",
-                retry_after=self._drained_after(),
-            )
+            raise self._full(model)
         self._rate.took_one()
-        self.longest_timeout_s = max(self.longest_timeout_s, timeout_s)
         return stream
 
     def _drained_after(self) -> float:

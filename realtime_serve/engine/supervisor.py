@@ -155,7 +155,7 @@ class Supervisor:
 
     async def _kill_if_it_hangs(self, worker: ProcessWorker) -> None:
         try:
-            patience = max(self._hangs_after_s, self.client.longest_timeout_s)
+            patience = max(self._hangs_after_s, self.client.pump.longest_timeout_s)
             await asyncio.wait_for(asyncio.shield(self._asked_health(worker)), patience)
         except TimeoutError:
             if self._worker is worker and self.is_ready:
@@ -165,7 +165,13 @@ class Supervisor:
                 )  # fmt: skip
                 worker.kill()
         finally:
-            self._probe = None
+            if self._probe is asyncio.current_task():
+                self._probe = None
+
+    def _end_probe(self) -> None:
+        if self._probe is not None:
+            self._probe.cancel()
+            self._probe = None  # cancelled before it began, it would not do so itself
 
     async def stop(self) -> None:
         """Ends the worker: asked first, killed where it does not answer. Open streams end as cancelled, and with an
@@ -175,8 +181,7 @@ class Supervisor:
             self._restart = None
         worker, was = self._worker, self.state
         self._set_state(WorkerState.STOPPED)
-        if self._probe is not None:
-            self._probe.cancel()
+        self._end_probe()
         if worker is None:
             return
         worker.request_stop()
@@ -246,13 +251,11 @@ class Supervisor:
         worker.attach(self._client.channel)
         self._ready_at = asyncio.get_running_loop().time()
         self._load_s = self._ready_at - self._spawned_at
-        self._load_s = self._ready_at - self._spawned_at
         self._set_state(WorkerState.READY)
 
     def _on_worker_exit(self, status: int) -> None:
         self._worker = None
-        if self._probe is not None:
-            self._probe.cancel()
+        self._end_probe()
         self._tell_health(False)
         client, self._client = self._client, None
         if client is not None:

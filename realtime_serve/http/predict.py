@@ -77,7 +77,7 @@ def _parse_json(
 ) -> tuple[PredictRequest, bool]:
     raw = decode_object(body, _decoder)
     check_names(raw, _FIELDS)
-    inputs, is_single = _inputs(raw)
+    inputs, is_single = _inputs(raw, most=defaults.max_batch_size + defaults.max_queue)
     given = {name: _decoded(name, value) for name, value in raw.items() if value != _NULL}
     if "metadata" in given:
         check_metadata(given["metadata"])
@@ -97,7 +97,7 @@ def _decoded(name: str, value: msgspec.Raw) -> Any:
         raise InvalidRequestError(f"{name} is not valid JSON: {error}", name, "invalid_json") from None
 
 
-def _inputs(raw: dict[str, msgspec.Raw]) -> tuple[list[msgspec.Raw], bool]:
+def _inputs(raw: dict[str, msgspec.Raw], most: int) -> tuple[list[msgspec.Raw], bool]:
     """Takes `input` or `inputs` out; whether it is the first."""
     one, several = raw.pop("input", None), raw.pop("inputs", None)
     if several == _NULL:  # as everywhere: as if it were not there
@@ -116,6 +116,8 @@ def _inputs(raw: dict[str, msgspec.Raw]) -> tuple[list[msgspec.Raw], bool]:
         raise InvalidRequestError("inputs must be a list; one input goes into input", "inputs") from None
     if not inputs:
         raise InvalidRequestError("inputs must have at least one input", "inputs")
+    if len(inputs) > most:
+        raise InvalidRequestError(f"inputs must be at most {most} here; there are {len(inputs)}", "inputs")
     return inputs, False
 
 

@@ -87,6 +87,7 @@ class WholeResponse(_DirectResponse):
 
     async def write_eof(self, data: bytes = b"") -> None:
         self._transport().write(self._head(self._fields) + self._body_bytes)
+        await self._request.writer.drain()  # the next of pipelined requests waits for the reader of this answer
 
 
 class EventStreamResponse(_DirectResponse):

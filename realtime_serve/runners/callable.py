@@ -57,10 +57,6 @@ class CallableModel:
                 f" this one returned a {type(model).__name__}"
             )
 
-    @property
-    def has_warmup(self) -> bool:
-        return callable(getattr(self._model, "warmup", None))
-
     async def warmup(self) -> None:
         await self._call("warmup")
 

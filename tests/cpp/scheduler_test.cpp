@@ -537,6 +537,29 @@ TEST(Scheduler, NobodyIsPreemptedInVain) {
   EXPECT_EQ(second.state, SequenceState::kRunning);
 }
 
+TEST(Scheduler, NoMoreArePreemptedThanFit) {
+  SchedulerConfig config = small();
+  config.num_blocks = 16;
+  Engine engine(config);                                         // 4 rows
+  for (int i = 0; i < 4; ++i) engine.add(1, 7, Priority::kLow);  // 2 blocks each
+  engine.step();
+  for (int i = 0; i < 3; ++i)
+    engine.add(1, 39, Priority::kHigh);  // 10 blocks each: one fits beside the LOW that are left
+  engine.step();
+  EXPECT_EQ(engine.scheduler.preemptions(), 1U);
+  EXPECT_EQ(engine.scheduler.running().size(), 4U);
+}
+
+TEST(Scheduler, NoMoreArePreemptedThanTheBudgetServes) {
+  Engine engine(small());  // a budget of 8
+  for (int i = 0; i < 4; ++i) engine.add(1, 10, Priority::kLow);
+  engine.step();
+  for (int i = 0; i < 4; ++i) engine.add(8, 10, Priority::kHigh);
+  engine.step();
+  EXPECT_EQ(engine.scheduler.preemptions(), 1U) << "its prompt takes what is left of the step";
+  EXPECT_EQ(engine.scheduler.running().size(), 4U);
+}
+
 // A server's life under a simulated clock: random arrivals, cancels, pauses, failures and accepted tokens, with one or
 // two plans in flight, and what must hold checked after every step against a second book of accounts.
 class Simulation {

@@ -30,9 +30,9 @@ class ChannelServer {
     for (const Priority priority : {Priority::kHigh, Priority::kNormal, Priority::kLow}) {
       SpscRing<>::Consumer& lane = channel_->lanes().reader(priority);
       for (std::span<const std::byte> bytes = lane.front(); !bytes.empty(); bytes = lane.front()) {
+        lane.pop();  // first, so that a record at which `open` throws is not met again; it is readable until release()
         const SubmitRecord record(bytes);
         if (begin(record, priority)) open(record.header.slot, record);
-        lane.pop();
       }
       lane.release();
     }

@@ -43,7 +43,8 @@ struct Plan {
 //
 // Where one of a higher priority waits and there is no room for it, the newest sequence of the lowest priority below is
 // preempted: it gives up its row and blocks, keeps its tokens and its age in the heap, and is computed anew when it is
-// admitted again. One that has aged is not, so nobody is preempted for ever.
+// admitted again. One that has aged is not, so nobody is preempted for ever; nor is one that a plan in flight names, so
+// that with a plan always in flight only those are that it leaves out.
 //
 // schedule() and commit() are apart, and one plan may be in flight when the next is made: its tokens are then
 // placeholders. A sequence may be finished at any point; its row and blocks are freed once, when no plan names it any
@@ -79,7 +80,6 @@ class Scheduler {
   std::uint32_t most_blocks(const Sequence& sequence) const;
   void make_room(std::int64_t now_ns);
   bool is_outranked(const Sequence& sequence, Priority priority, std::int64_t now_ns) const;
-  std::size_t waiting_above(Priority priority) const;
   void preempt(Sequence& sequence);
   bool admit(Sequence& sequence, std::int64_t now_ns);
   void add_row(Plan& plan, Sequence& sequence, std::uint32_t count);

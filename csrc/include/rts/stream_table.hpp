@@ -116,6 +116,8 @@ class StreamTable {
   // How long the stream that has waited longest for its worker has done so; 0 where none waits. One whose tokens wait
   // for their reader is not waiting for its worker.
   std::int64_t longest_wait_ns() const;
+  // Of the streams that are open; 0 where none has a bound.
+  std::int64_t longest_timeout_ns() const;
   std::uint32_t open_streams() const { return open_; }
   // Microseconds between two tokens of a stream as its reader sees them: 0 where they were read together.
   const Histogram<27>& token_gaps_us() const { return token_gaps_us_; }
