@@ -225,7 +225,7 @@ def stream_error(code: str, detail: str = "") -> ServeError:
                 detail or "the worker refused this request as malformed", detail.partition(":")[0] or None, code
             )
         case "timeout":
-            return TokenTimeoutError("the model gave no token within the request's timeout")
+            return TokenTimeoutError("the model gave no answer within the request's timeout, or no further token")
     raise ValueError(f"no stream ends with the error {code!r}")
 
 

@@ -154,8 +154,11 @@ class ModelRegistry:
             raise ValueError(f"the loader of model {name!r} must be callable; it is a {type(loader).__name__}")
         self._loaders[name] = (loader, batching or self._batching)
 
-    async def load_model(self, config: ModelConfig) -> Model:
-        """Loads, warms up and health-checks a version, then makes it the active one.
+    async def load_model(
+        self, config: ModelConfig, loader: Loader | None = None, batching: BatchConfig | None = None
+    ) -> Model:
+        """Loads, warms up and health-checks a version, then makes it the active one. `loader` makes its object; without
+        one that which is registered for its name does, and else our own engines serve it.
 
         Raises ModelLoadError, ModelNotFoundError or PullError with the reason; everything is then as it was.
         """
@@ -166,7 +169,9 @@ class ModelRegistry:
         self._loading[key] = config
         self._loading_since[key] = time.monotonic()
         try:
-            model = await self._load(config)
+            if loader is None:
+                loader, batching = self._loaders.get(config.name, (None, None))
+            model = await self._load(config, loader, batching or self._batching)
         finally:
             del self._loading[key], self._loading_since[key]
         model.health_check_passed = True
@@ -174,9 +179,9 @@ class ModelRegistry:
         self._active[config.name] = config.version
         return model
 
-    async def _load(self, config: ModelConfig) -> Model:
-        if config.name in self._loaders:
-            spec, isolation = self._loader_spec(config, *self._loaders[config.name])
+    async def _load(self, config: ModelConfig, loader: Loader | None, batching: BatchConfig) -> Model:
+        if loader is not None:
+            spec, isolation = self._loader_spec(config, loader, batching)
         else:
             path = await _in_daemon_thread(lambda: resolve_model(config))
             spec, isolation = LoadSpec(config, self._limits, self._log_level, path), self._isolation

@@ -13,7 +13,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from realtime_serve._pump import Stream
 from realtime_serve.config import BatchConfig, ModelConfig, ServerConfig
@@ -30,6 +30,12 @@ if TYPE_CHECKING:
     from realtime_serve.http.listener import Listener
 
 log = logging.getLogger(__name__)
+
+
+class _Registered(NamedTuple):
+    config: ModelConfig
+    loader: Loader | None
+    batching: BatchConfig | None
 
 
 class InferenceServer:
@@ -51,7 +57,7 @@ class InferenceServer:
         }
         self.config = replace(config or ServerConfig(), **{k: v for k, v in given.items() if v is not None})
         self._service = InferenceService(self.config)
-        self._registered: list[ModelConfig] = []
+        self._registered: list[_Registered] = []
         self._listener: Listener | None = None
         self._socket: socket.socket | None = None
         self._stop_requested: asyncio.Event | None = None
@@ -102,30 +108,33 @@ class InferenceServer:
 
         `loader` makes the model's object, as ModelRegistry.register_loader says; without one our own engines serve
         what `config` names. `batching` is how the requests of such an object are batched, within max_batch_size and
-        max_batch_wait_ms of the server where it is not given.
+        max_batch_wait_ms of the server where it is not given. Versions that are loaded by name later use the loader
+        that was registered last.
 
         Raises ConfigError, in one line with the fix, where its device is not there or that version is registered.
         """
         check_device(config)
+        registered = _Registered(config, loader, batching)
+        if self._loop is None:
+            if any((known.name, known.version) == (config.name, config.version) for known, *_ in self._registered):
+                raise ConfigError(f"model {config.name!r} version {config.version!r} is registered already", "name")
+            self._registered.append(registered)
         if loader is not None:
             self.model_registry.register_loader(config.name, loader, batching)
         if self._loop is not None:
-            self._loop.call_soon_threadsafe(self._start_load, config)
-            return
-        if any((known.name, known.version) == (config.name, config.version) for known in self._registered):
-            raise ConfigError(f"model {config.name!r} version {config.version!r} is registered already", "name")
-        self._registered.append(config)
+            self._loop.call_soon_threadsafe(self._start_load, registered)
 
-    def _start_load(self, config: ModelConfig) -> None:
+    def _start_load(self, registered: _Registered) -> None:
         if self._loop is None:  # closed meanwhile
             return
-        task = self._loop.create_task(self._load_in_background(config))
+        task = self._loop.create_task(self._load_in_background(registered))
         self._loads.add(task)
         task.add_done_callback(self._loads.discard)
 
-    async def _load_in_background(self, config: ModelConfig) -> None:
+    async def _load_in_background(self, registered: _Registered) -> None:
+        config = registered.config
         try:
-            await self.model_registry.load_model(config)
+            await self.model_registry.load_model(*registered)
         except Exception as error:
             log.error("model %s %s did not load: %s", config.name, config.version, error)
 
@@ -146,8 +155,8 @@ class InferenceServer:
         self._service.open()
         try:
             async with asyncio.TaskGroup() as loads:
-                for config in list(self._registered):
-                    loads.create_task(self.model_registry.load_model(config))
+                for registered in list(self._registered):
+                    loads.create_task(self.model_registry.load_model(*registered))
         except BaseExceptionGroup as group:
             await self._close(drain_s=0.0)
             raise group.exceptions[0] from None
@@ -311,17 +320,21 @@ class InferenceServer:
             else f"{host}:{self.port}"
         )
         lines = [f"realtime-serve listens on http://{shown}"]
-        lines += [f"  {m.name} {m.version} on {m.config.device}, context {m.max_context} tokens" for m in models]
+        lines += [f"  {m.name} {m.version} on {m.config.device}{_context(m)}" for m in models]
         if models:
             lines += ["try:", f"  {_example(models[0], shown)}"]
         lines.append("Ctrl-C stops it.")
         print("\n".join(lines), file=sys.stderr, flush=True)
 
 
+def _context(model: Model) -> str:
+    return "" if model.kind == "predict" else f", context {model.max_context} tokens"
+
+
 def _example(model: Model, address: str) -> str:
     """A command that calls the model."""
     if model.kind == "predict":
-        return f"""curl {address}/predict -d '{{"model":"{model.name}","input":…}}'"""
+        return f"""curl {address}/predict -d '{{"model":"{model.name}","input":[1.0,2.0,3.0,4.0]}}'"""
     body = f'{{"model":"{model.name}","prompt":"The capital of France is","max_tokens":16}}'
     return f"curl -N {address}/infer -d '{body}'"
 

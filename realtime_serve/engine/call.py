@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 from realtime_serve._core import ChannelServer, FinishReason, StreamError, Submission
 from realtime_serve.batch import BatchScheduler
+from realtime_serve.errors import ServeError
 from realtime_serve.payload import Payload
 from realtime_serve.types import RequestPriority, StreamToken
 
@@ -68,7 +69,11 @@ class Call:
         self.end(FinishReason.ERROR, StreamError.MODEL_FAILED, detail)
 
     def raised(self, error: BaseException) -> None:
-        """What the model raised goes to the log; its caller is told the type."""
+        """What the model raised goes to the log; its caller is told the type. A ServeError of its own which says that
+        the request is wrong is the answer."""
+        if isinstance(error, ServeError) and error.status < 500:
+            self.refuse(f"{error.param or 'input'}: {error}")
+            return
         if isinstance(error, asyncio.CancelledError) and not self.is_open:
             return  # it was given up
         request_id = self.submission.request_id

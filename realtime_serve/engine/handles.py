@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from realtime_serve._core import Channel
 from realtime_serve.engine.control import ControlSocket, encode
 from realtime_serve.engine.launch import LoadSpec, WorkerLoop, load_worker
-from realtime_serve.engine.worker import describe, ready_report
+from realtime_serve.engine.worker import describe, failed_report, ready_report
 from realtime_serve.errors import ModelLoadError
 
 log = logging.getLogger(__name__)
@@ -165,7 +165,7 @@ class ThreadWorker:
         try:
             loop = load_worker(spec)
         except BaseException as error:  # a loader that calls sys.exit() must not leave its supervisor waiting
-            self._tell({"op": "failed", "message": describe(error)})
+            self._tell(failed_report(spec.model.name, error, is_users=spec.loader is not None))
             self._tell({"op": "exited", "status": 1})
             return
         self._worker_loop = loop

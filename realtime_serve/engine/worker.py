@@ -43,9 +43,7 @@ def serve(control: ControlSocket) -> int:
     try:
         loop = load_worker(LoadSpec.from_message(message))
     except BaseException as error:  # a loader that calls sys.exit() has a reason to tell as well
-        if not isinstance(error, ServeError):
-            log.debug("the model did not load", exc_info=True)
-        control.send({"op": "failed", "message": describe(error)})
+        control.send(failed_report(message["model"]["name"], error, is_users=message["loader"] is not None))
         return 1
     threading.Thread(target=_listen, args=(control, loop), name="control", daemon=True).start()
     control.send(ready_report(loop))
@@ -55,6 +53,14 @@ def serve(control: ControlSocket) -> int:
 
 def ready_report(loop: WorkerLoop) -> dict[str, Any]:
     return {"op": "ready", "kind": loop.kind, "max_context": loop.max_context}
+
+
+def failed_report(model: str, error: BaseException, *, is_users: bool) -> dict[str, Any]:
+    """Why a model did not load. Where a user's loader raised, its traceback goes to the log."""
+    if isinstance(error, ServeError):
+        return {"op": "failed", "message": describe(error)}
+    log.log(logging.ERROR if is_users else logging.DEBUG, "model %s did not load", model, exc_info=error)
+    return {"op": "failed", "message": f"model {model!r} did not load: {describe(error)}"}
 
 
 def describe(error: BaseException) -> str:

@@ -75,7 +75,13 @@ class PredictHandlers:
 def _parse_json(
     request: web.BaseRequest, body: bytes, request_id: str, defaults: ServerConfig
 ) -> tuple[PredictRequest, bool]:
-    raw = decode_object(body, _decoder)
+    try:
+        raw = decode_object(body, _decoder)
+    except InvalidRequestError as error:
+        if request.content_type == _JSON_TYPE:
+            raise
+        advice = "; to send bytes, name their type, as in -H 'Content-Type: application/octet-stream'"
+        raise InvalidRequestError(f"{error}{advice}", code=error.code) from None
     check_names(raw, _FIELDS)
     inputs, is_single = _inputs(raw, most=defaults.max_batch_size + defaults.max_queue)
     given = {name: _decoded(name, value) for name, value in raw.items() if value != _NULL}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import signal
@@ -244,3 +245,31 @@ async def test_the_warm_up_goes_through_generate(isolation: str) -> None:
 class NeedsMore:
     def generate(self, prompt: str, max_new_tokens: int) -> Iterator[str]:
         return iter("x")
+
+
+async def test_a_model_that_outlives_its_cancellation_writes_into_nobody_elses_answer() -> None:
+    class Stubborn:
+        def __init__(self) -> None:
+            self.other_runs = asyncio.Event()
+
+        async def generate(self, prompt: str) -> AsyncIterator[str]:
+            if prompt == "other":
+                self.other_runs.set()
+                for _ in range(50):
+                    yield "own "
+                    await asyncio.sleep(0)
+                return
+            yield "begun "
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.Event().wait()
+            await self.other_runs.wait()
+            for _ in range(5):
+                yield "SECRET "
+
+    async with calling(model=lambda config: Stubborn()) as server:
+        left = server.stream(InferenceRequest("left", "model", "stubborn", max_tokens=100))
+        assert (await anext(left)).token == "begun "
+        await left.aclose()
+        await until(lambda: server.stream_manager.open_count() == 0)
+        tokens = server.stream(InferenceRequest("other", "model", "other", max_tokens=100))
+        assert [token.token async for token in tokens] == ["own "] * 50

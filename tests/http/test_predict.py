@@ -20,9 +20,9 @@ from client import Answer, Connection, ask, infer, request_bytes
 from metrics import value
 from support import null_model, serving, until, worker_pid
 
-from realtime_serve import BatchConfig, InferenceServer, ModelConfig, PredictRequest
+from realtime_serve import BatchConfig, InferenceServer, ModelConfig, PredictRequest, ServerConfig
 from realtime_serve.engine import supervisor
-from realtime_serve.errors import InvalidRequestError, ModelFailedError
+from realtime_serve.errors import ConfigError, InvalidRequestError, ModelFailedError
 
 NPY, BYTES, JSON = "application/x-npy", "application/octet-stream", "application/json"
 MULTIPART = "multipart/form-data; boundary=x"
@@ -618,3 +618,89 @@ async def test_what_is_counted() -> None:
         assert models["held"]["inference_count"] == 2
         assert server.model_registry.model_stats("held")["healthy"]
         assert await server.model_registry.health_check("held")
+
+
+async def test_a_models_own_refusal_is_the_answer(caplog: pytest.LogCaptureFixture) -> None:
+    class Picky:
+        def predict(self, inputs: list[Any]) -> list[Any]:
+            if "bad" in inputs:
+                raise InvalidRequestError("want 4 numbers", "input")
+            return inputs
+
+    async with calling(model=lambda config: Picky()) as server:
+        answer = await predict(server.port, input="bad")
+        assert answer.status == 400
+        assert (answer.error()["message"], answer.error()["param"]) == ("input: want 4 numbers", "input")
+        assert (await predict(server.port, input="good")).json()["output"] == "good"
+    assert "Traceback" not in caplog.text
+
+
+async def test_versions_have_loaders_of_their_own() -> None:
+    class Answers:
+        def __init__(self, answer: str) -> None:
+            self._answer = answer
+
+        def predict(self, inputs: list[Any]) -> list[Any]:
+            return [self._answer] * len(inputs)
+
+    server = InferenceServer(ServerConfig(isolation="thread"))
+    for version in ("1", "2"):
+        config = ModelConfig("m", version=version, device="cpu")
+        server.register_model(config, lambda config: Answers("loader " + config.version))
+    with pytest.raises(ConfigError, match="registered already"):
+        server.register_model(ModelConfig("m", version="2", device="cpu"), lambda config: Answers("another"))
+    async with server:
+        for version in ("1", "2"):
+            assert server.model_registry.set_active_version("m", version)
+            answer = await server.predict(PredictRequest("r", "m", ["x"]))
+            assert (answer.version, answer.outputs) == (version, ["loader " + version])
+
+
+async def test_bytes_without_a_type_are_told_what_to_do() -> None:
+    async with calling(model=callable_models.echo) as server:
+        form = "application/x-www-form-urlencoded"
+        answer = await ask(server.port, "POST", "/predict", b"\x89PNG", Content_Type=form)
+        assert answer.status == 400
+        assert "-H 'Content-Type: application/octet-stream'" in answer.error()["message"]
+
+
+async def test_a_request_for_more_than_there_is_room_for_takes_nothing() -> None:
+    async with calling(settings={"max_queue": 3, "max_batch_size": 1}, model=callable_models.echo) as server:
+        answer = await predict(server.port, inputs=list(range(5)))
+        assert (answer.status, answer.error()["param"]) == (400, "inputs")
+        assert "at most 4 here" in answer.error()["message"]
+        assert server.stream_manager.open_count() == 0
+        assert (await predict(server.port, inputs=[1, 2, 3, 4])).status == 200
+
+
+async def test_a_prediction_that_is_cut_short_is_no_answer() -> None:
+    class Endless:
+        async def predict(self, inputs: list[Any]) -> list[Any]:
+            await asyncio.Event().wait()
+            return inputs
+
+    async with calling(model=lambda config: Endless()) as server:
+        asked = [asyncio.ensure_future(predict(server.port, **body)) for body in ({"input": 1}, {"inputs": [1, 2]})]
+        await until(lambda: server.stream_manager.open_count() == 3)
+        await server.model_registry.unload_model("model")
+        for one in asked:
+            answer = await one
+            assert (answer.status, answer.error()["code"]) == (503, "model_unavailable")
+
+
+async def test_pipelined_answers_wait_for_their_reader() -> None:
+    class Large:
+        def predict(self, inputs: list[Any]) -> list[Any]:
+            return ["x" * 200_000] * len(inputs)
+
+    async with (
+        calling(model=lambda config: Large()) as server,
+        await Connection.open(server.port, receive_buffer=4096) as connection,
+    ):
+        connection.writer.transport.pause_reading()
+        for _ in range(50):
+            connection.send(request_bytes("POST", "/predict", {"input": 1}))
+        (held,) = server._listener._open
+        await until(lambda: held._client is not None and held._client.get_write_buffer_size() > 0)
+        assert (await predict(server.port, input=2)).status == 200  # meanwhile more answers could have been made
+        assert held._client.get_write_buffer_size() < 1_000_000
