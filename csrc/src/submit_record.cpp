@@ -1,6 +1,8 @@
 #include "rts/submit_record.hpp"
 
+#include <algorithm>
 #include <cstring>
+#include <span>
 
 #include "rts/cache_line.hpp"
 
@@ -51,8 +53,7 @@ void write_submit_record(SubmitHeader header, const SubmitContent& content, std:
   header.tail_bytes = static_cast<std::uint32_t>(tail_bytes(content));
   std::memcpy(out, &header, sizeof header);
   out += sizeof header;
-  std::memcpy(out, content.prompt.data(), content.prompt.size_bytes());
-  out += content.prompt.size_bytes();
+  out = std::ranges::copy(std::as_bytes(content.prompt), out).out;
   each_tail_entry(content, [&](TailHeader::Type type, std::string_view entry) {
     const TailHeader tail{type, 0, static_cast<std::uint32_t>(entry.size())};
     std::memcpy(out, &tail, sizeof tail);
