@@ -91,7 +91,7 @@ bool StreamTable::queue(std::uint32_t slot, Stream& stream) {
   if (out == nullptr) return false;
   write_submit_record(header, content, out);
   lane.publish();
-  spec.payload = {};
+  if (spec.payload_kind != PayloadKind::kNone) spec.payload = {};
   return true;
 }
 
