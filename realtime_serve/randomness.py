@@ -1,4 +1,7 @@
-"""Random numbers for ids and seeds, from the operating system's, a block at a time: a call for each takes 12 µs."""
+"""Random numbers for ids and seeds, from the operating system's, a block at a time.
+
+With a call for each, a busy server gave 7 to 22 % fewer one-core answers of two tokens (64 connections, four pairs of runs).
+"""
 
 from __future__ import annotations
 

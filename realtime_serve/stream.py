@@ -111,7 +111,7 @@ class StreamManager:
 
     def serve_ready(self) -> None:
         """Hands on what streams have got meanwhile: for whoever keeps the event loop busy. Where nothing has come, it
-        costs 0.3 µs a channel."""
+        costs 0.13 µs a channel."""
         for known in self._channels:
             if (channel := known()) is not None:
                 channel.pump.serve_ready()

@@ -24,7 +24,7 @@ class HttpApp:
     """What is done with a request, whatever it asks for.
 
     It stands on aiohttp's low-level server. All paths here are constants, so a dictionary finds a route; aiohttp's own
-    router and middlewares would take 17 µs of the 250 that pass before a request is submitted.
+    router and middlewares took 19 µs of a request by time stamps in the handlers.
     """
 
     def __init__(self, service: InferenceService) -> None:

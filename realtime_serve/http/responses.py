@@ -44,7 +44,7 @@ def retry_headers(seconds: float | None) -> dict[str, str]:
 
 
 class _DirectResponse(web.StreamResponse):
-    """An answer of 200 whose bytes go straight to the transport: aiohttp's writer takes 30 µs for a head."""
+    """An answer of 200 whose bytes go straight to the transport, head and body in one write."""
 
     def __init__(self, request: web.BaseRequest) -> None:
         super().__init__()

@@ -103,7 +103,7 @@ class RequestLogger:
             **details,
         }
         message = msgspec.json.encode(line).decode()
-        # Made by hand: looking for the caller in the source takes a third of what a line costs.
+        # Made by hand: looking for the caller in the source takes a quarter of what a line costs.
         self._log.handle(self._log.makeRecord(LOGGER, level, __file__, 0, message, (), None))
 
 
