@@ -182,7 +182,6 @@ class PriorityQueue:
         """False where it is full. A deadline of 0 is none."""
     def pop(self, now_ns: int) -> int | None:
         """None where it is empty."""
-    def size_of(self, priority: int) -> int: ...
 
 @final
 class Vocabulary:

@@ -38,11 +38,6 @@ class NumberQueue {
     return queue_.pop(now_ns);
   }
 
-  std::size_t size_of(int priority) {
-    drain();
-    return queue_.size(static_cast<Priority>(priority));
-  }
-
  private:
   struct Entry {
     std::int64_t arrival_ns;
@@ -71,8 +66,7 @@ void register_priority_queue(py::module_& m) {
       .def(py::init<std::uint32_t, std::int64_t>(), py::kw_only(), "capacity"_a, "ageing_ns"_a)
       .def("push", &NumberQueue::push, "priority"_a, "arrival_ns"_a, "deadline_ns"_a, "number"_a,
            "False where it is full. A deadline of 0 is none.")
-      .def("pop", &NumberQueue::pop, "now_ns"_a, "None where it is empty.")
-      .def("size_of", &NumberQueue::size_of, "priority"_a);
+      .def("pop", &NumberQueue::pop, "now_ns"_a, "None where it is empty.");
 }
 
 }  // namespace rts::bindings
