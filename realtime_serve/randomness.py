@@ -1,6 +1,7 @@
 """Random numbers for ids and seeds, from the operating system's, a block at a time.
 
-With a call for each, a busy server gave 7 to 22 % fewer one-core answers of two tokens (64 connections, four pairs of runs).
+With a call for each, a server on one core gave 7 to 22 % fewer answers of two tokens to 64 connections (four pairs of
+runs, one after the other).
 """
 
 from __future__ import annotations
