@@ -304,7 +304,6 @@ class InferenceServer:
         self._listener = Listener(
             HttpApp(self._service),
             max_connections=self.config.max_connections,
-            max_body_bytes=self.config.max_body_bytes,
             slow_reader_timeout=self.config.slow_reader_timeout,
             on_refused=self._service.metrics.refused_connections.inc,
             before_request=self._service.streams.serve_ready,

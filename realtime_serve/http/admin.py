@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiohttp import web
 from prometheus_client import CONTENT_TYPE_LATEST
 
 from realtime_serve._version import __version__
-from realtime_serve.http.responses import retry_headers
+from realtime_serve.http.request import HttpRequest
+from realtime_serve.http.responses import Response, json_response, retry_headers
 from realtime_serve.service import InferenceService
 
 
@@ -16,29 +16,29 @@ class AdminHandlers:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
-    async def health(self, request: web.BaseRequest) -> web.Response:
+    async def health(self, request: HttpRequest) -> Response:
         """Liveness: 200 while steps make progress; 503 where a model has work and has made no step for too long."""
         stalled = self._service.stalled_models()
         if not stalled:
-            return web.json_response({"status": "ok", "stalled": []})
+            return json_response({"status": "ok", "stalled": []})
         # The step that is awaited may end at any moment.
-        return web.json_response({"status": "stalled", "stalled": stalled}, status=503, headers=retry_headers(1.0))
+        return json_response({"status": "stalled", "stalled": stalled}, status=503, headers=retry_headers(1.0))
 
-    async def ready(self, request: web.BaseRequest) -> web.Response:
+    async def ready(self, request: HttpRequest) -> Response:
         """Readiness: 200 while every model can serve and no shutdown has begun."""
         waiting = self._service.not_ready()
         body = {"ready": not waiting, "waiting_for": waiting}
         if not waiting:
-            return web.json_response(body)
-        return web.json_response(body, status=503, headers=retry_headers(self._service.ready_after()))
+            return json_response(body)
+        return json_response(body, status=503, headers=retry_headers(self._service.ready_after()))
 
-    async def models(self, request: web.BaseRequest) -> web.Response:
-        return web.json_response({"models": self._models()})
+    async def models(self, request: HttpRequest) -> Response:
+        return json_response({"models": self._models()})
 
-    async def status(self, request: web.BaseRequest) -> web.Response:
+    async def status(self, request: HttpRequest) -> Response:
         """All of it in one object, for a person."""
         service = self._service
-        return web.json_response(
+        return json_response(
             {
                 "version": __version__,
                 "ready": not service.not_ready(),
@@ -49,9 +49,9 @@ class AdminHandlers:
             }
         )
 
-    async def metrics(self, request: web.BaseRequest) -> web.Response:
+    async def metrics(self, request: HttpRequest) -> Response:
         """Prometheus' text format."""
-        return web.Response(body=self._service.metrics.render(), headers={"Content-Type": CONTENT_TYPE_LATEST})
+        return Response(self._service.metrics.render(), CONTENT_TYPE_LATEST)
 
     def _models(self) -> list[dict[str, Any]]:
         registry = self._service.registry

@@ -8,13 +8,13 @@ from typing import Any
 from urllib.parse import quote
 
 import msgspec
-from aiohttp import web
 
 from realtime_serve._core import PayloadKind
 from realtime_serve.config import ServerConfig
 from realtime_serve.errors import InvalidRequestError, ServeError, UnsupportedMediaTypeError
 from realtime_serve.http.body import read_body
-from realtime_serve.http.responses import WholeResponse
+from realtime_serve.http.request import HttpRequest
+from realtime_serve.http.responses import Response, error_response
 from realtime_serve.http.validation import check_metadata, check_names, decode_object, parse_priority
 from realtime_serve.payload import Payload
 from realtime_serve.randomness import new_request_id
@@ -44,7 +44,7 @@ class PredictHandlers:
     def __init__(self, service: InferenceService) -> None:
         self._service = service
 
-    async def predict(self, request: web.BaseRequest) -> web.StreamResponse:
+    async def predict(self, request: HttpRequest) -> Response:
         """`input` or `inputs` of a JSON body, or the body itself as one input, whose content type says what it is.
 
         The answer is in the form that Accept names; without one JSON for JSON, and for other bodies what fits.
@@ -52,28 +52,28 @@ class PredictHandlers:
         request_id = new_request_id()
         is_json = request.content_type in _JSON_TYPES or not request.headers.get("Content-Type")
         parse = _parse_json if is_json else _parse_raw
+        headers = {"X-Request-Id": request_id}
         try:
             body = await read_body(request, self._service.config.max_body_bytes)
             parsed, is_single = parse(request, body, request_id, self._service.config)
         except ServeError as error:
             self._service.metrics.count_unread(error)
-            raise
+            return error_response(error, headers)
         if not parsed.client_id:
-            parsed.client_id = request.remote or ""
-        outputs, outcome = await self._service.predict(parsed)
+            parsed.client_id = request.client
+        try:
+            outputs, outcome = await self._service.predict(parsed)
+        except ServeError as error:
+            return error_response(error, headers)
         if is_single and outputs[0].kind is not PayloadKind.JSON:
-            headers = {
-                "X-Request-Id": request_id,
-                "X-Model": _header(outcome.model),
-                "X-Model-Version": _header(outcome.version),
-            }
-            return WholeResponse(request, outputs[0].data, _CONTENT_TYPES[outputs[0].kind], headers)
+            headers |= {"X-Model": _header(outcome.model), "X-Model-Version": _header(outcome.version)}
+            return Response(outputs[0].data, _CONTENT_TYPES[outputs[0].kind], headers=headers)
         answer = _json_answer(request_id, outcome, outputs, is_single)
-        return WholeResponse(request, answer, _JSON_TYPE, {"X-Request-Id": request_id})
+        return Response(answer, headers=headers)
 
 
 def _parse_json(
-    request: web.BaseRequest, body: bytes, request_id: str, defaults: ServerConfig
+    request: HttpRequest, body: bytes, request_id: str, defaults: ServerConfig
 ) -> tuple[PredictRequest, bool]:
     try:
         raw = decode_object(body, _decoder)
@@ -128,7 +128,7 @@ def _inputs(raw: dict[str, msgspec.Raw], most: int) -> tuple[list[msgspec.Raw], 
 
 
 def _parse_raw(
-    request: web.BaseRequest, body: bytes, request_id: str, defaults: ServerConfig
+    request: HttpRequest, body: bytes, request_id: str, defaults: ServerConfig
 ) -> tuple[PredictRequest, bool]:
     if request.content_type.startswith("multipart/"):
         raise UnsupportedMediaTypeError(
@@ -156,7 +156,7 @@ def _request(
     return PredictRequest(request_id, settings.pop("model", None), inputs, output_kind=output_kind, **settings)
 
 
-def _wanted(request: web.BaseRequest) -> PayloadKind | None:
+def _wanted(request: HttpRequest) -> PayloadKind | None:
     """The form of answer that Accept names, where it names one that there is."""
     for part in request.headers.get("Accept", "").split(","):
         kind = _OUTPUT_KINDS.get(part.partition(";")[0].strip().lower())

@@ -11,7 +11,7 @@ import signal
 import sys
 
 from realtime_serve import cli
-from realtime_serve.http import listener
+from realtime_serve.http import connection
 
 _PUT_OFF_S = 0.1
 
@@ -21,21 +21,21 @@ def main() -> int:
     resource.setrlimit(resource.RLIMIT_NOFILE, (int(soft), resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
     if loop == "asyncio":
         cli._loop_factory = lambda: asyncio.new_event_loop
-    listener._HEADERS_WITHIN_S = _PUT_OFF_S
-    close_if_silent = listener._Connection._process_keepalive
+    connection._HEADERS_WITHIN_S = _PUT_OFF_S
+    close_if_silent = connection.Connection._check_silence
     may_close = False
 
     def on_signal(*_: object) -> None:
         nonlocal may_close
         may_close = True
 
-    def put_off(connection: listener._Connection) -> None:
+    def put_off(silent: connection.Connection) -> None:
         if may_close:
-            close_if_silent(connection)
+            close_if_silent(silent)
         else:
-            connection._keepalive_handle = connection._loop.call_later(_PUT_OFF_S, put_off, connection)
+            silent._silence = silent._loop.call_later(_PUT_OFF_S, put_off, silent)
 
-    listener._Connection._process_keepalive = put_off
+    connection.Connection._check_silence = put_off
     signal.signal(signal.SIGUSR1, on_signal)
     return cli.main(arguments)
 

@@ -14,7 +14,7 @@ from client import Answer, Connection, ask, infer, request_bytes
 from support import DEADLINE_S, null_model, serving, until
 
 from realtime_serve import InferenceServer
-from realtime_serve.http import body, listener
+from realtime_serve.http import body, connection
 
 
 async def test_a_connection_too_many_is_told_so_at_once() -> None:
@@ -68,7 +68,7 @@ def is_408(answer: Answer, what: str) -> bool:
 
 @pytest.fixture
 def short_headers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(listener, "_HEADERS_WITHIN_S", 0.05)
+    monkeypatch.setattr(connection, "_HEADERS_WITHIN_S", 0.05)
 
 
 ASKED = request_bytes("GET", "/health")
@@ -104,7 +104,7 @@ async def test_a_body_that_came_with_its_request_is_no_half_of_the_next() -> Non
     async with serving() as server, await Connection.open(server.port) as silent:
         body = json.dumps({"prompt": "x", "max_tokens": 1, "stream": False}).encode()
         silent.send(request_bytes("POST", "/infer", Content_Length=str(len(body))))
-        await until(lambda: server._listener._open and next(iter(server._listener._open))._unanswered == 1)
+        await until(lambda: server._listener._open and next(iter(server._listener._open)).task is not None)
         silent.send(body)
         assert (await silent.answer()).status == 200
         assert await silent.is_closed()

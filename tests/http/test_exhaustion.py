@@ -21,10 +21,12 @@ from realtime_serve.http import bind, listener
 class Descriptors:
     """Takes all file descriptors of this process but `left`, until told to give them back."""
 
+    _AT_LEAST = 16  # are taken, however few are free below the highest in use
+
     def __init__(self, left: int) -> None:
         self._limits = resource.getrlimit(resource.RLIMIT_NOFILE)
         highest = max(int(name) for name in os.listdir("/proc/self/fd"))
-        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + left, self._limits[1]))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (highest + 1 + left + self._AT_LEAST, self._limits[1]))
         self._taken = []
         with contextlib.suppress(OSError):
             while True:

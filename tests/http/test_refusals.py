@@ -56,7 +56,7 @@ def test_whatever_is_wrong_for_good_does_not(kind: type[ServeError]) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_only_a_shutdown_ends_the_connection(kind: type[ServeError]) -> None:
-    assert (error_response(kind("no")).keep_alive is False) == (kind is ShuttingDownError)
+    assert (error_response(kind("no")).closes) == (kind is ShuttingDownError)
 
 
 class SlowClock:
