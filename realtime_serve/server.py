@@ -305,7 +305,7 @@ class InferenceServer:
             HttpApp(self._service),
             max_connections=self.config.max_connections,
             slow_reader_timeout=self.config.slow_reader_timeout,
-            on_refused=self._service.metrics.refused_connections.inc,
+            on_refused=self._service.metrics.count_refused_connection,
             before_request=self._service.streams.serve_ready,
         )
         await self._listener.start(self._socket)

@@ -80,7 +80,7 @@ class ChannelClient:
             logprobs=request.logprobs,
             seed=new_seed() if request.seed is None else request.seed,
             stop=request.stop,
-            priority=request.priority.value,
+            priority=request.priority._value_,  # `value` is a property written in Python
             timeout_s=request.timeout,
             **(self._payload(prompt) if isinstance(prompt, Payload) else {}),
         )
@@ -97,7 +97,7 @@ class ChannelClient:
             model=model,
             version=version,
             prompt_ids=[],
-            priority=request.priority.value,
+            priority=request.priority._value_,  # `value` is a property written in Python
             timeout_s=request.timeout,
             answer_kind=0 if request.output_kind is None else int(request.output_kind),
             **self._payload(payload),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any
 from urllib.parse import quote
 
@@ -172,12 +173,14 @@ def _header(name: str) -> str:
 
 def _json_answer(request_id: str, outcome: Outcome, outputs: list[Payload], is_single: bool) -> bytes:
     """The outputs' bytes as they came, in an object."""
-    head = _encode({"request_id": request_id, "model": outcome.model, "version": outcome.version})
-    timings = outcome.timings
-    tail = _encode({"timings": {"queue_ms": round(timings.queue_ms, 3), "compute_ms": round(timings.prefill_ms, 3)}})
+    model = _named(outcome.model, outcome.version)
     data = [output.data for output in outputs]
     answer = b'"output":' + data[0] if is_single else b'"outputs":[' + b",".join(data) + b"]"
-    return head[:-1] + b"," + answer + b"," + tail[1:]
+    timings = b'"queue_ms":%.3f,"compute_ms":%.3f' % (outcome.timings.queue_ms, outcome.timings.prefill_ms)
+    return b'{"request_id":"%b",%b,%b,"timings":{%b}}' % (request_id.encode(), model, answer, timings)
 
 
-_encode = msgspec.json.encode
+@lru_cache
+def _named(model: str, version: str) -> bytes:
+    """The fields that are the same for all answers of a model."""
+    return msgspec.json.encode({"model": model, "version": version})[1:-1]

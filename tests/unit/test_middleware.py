@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from realtime_serve import InferenceRequest, MetricsCollector, MiddlewareChain, RateLimiter, RequestLogger
-from realtime_serve.errors import RateLimitedError, WorkerDiedError
+from realtime_serve.errors import InvalidRequestError, RateLimitedError, WorkerDiedError
 from realtime_serve.middleware import ClientPriorities
 from realtime_serve.types import Outcome, RequestPriority, Timings, Usage
 
@@ -338,3 +338,16 @@ async def test_a_client_that_left_is_no_error() -> None:
         await collector(request(), left)
     metrics = await collector.get_metrics("m")
     assert (metrics["request_count"], metrics["error_count"]) == (1, 0)
+
+
+async def test_unread_requests_and_failed_ones_are_counted_together() -> None:
+    async def refuses(request: InferenceRequest) -> Outcome:
+        raise InvalidRequestError("no")
+
+    collector = MetricsCollector()
+    collector.count_unread(InvalidRequestError("not JSON"))
+    with pytest.raises(InvalidRequestError):
+        await collector(replace(request(), model=None), refuses)
+    text = collector.render().decode()
+    assert text.count('rts_requests_total{model="",outcome="invalid_request"}') == 1
+    assert 'rts_requests_total{model="",outcome="invalid_request"} 2.0' in text
