@@ -145,6 +145,24 @@ async def test_a_json_answer_that_is_not_read_is_cut(closing: dict[str, str], ca
     ]
 
 
+async def test_the_last_bytes_of_a_connection_that_closes_are_waited_for_no_longer() -> None:
+    """Fewer than make the transport ask for a pause."""
+    async with (
+        serving(slow_reader_timeout=0.001) as server,
+        await Connection.open(server.port, receive_buffer=4096) as reader,
+    ):
+        reader.writer.transport.pause_reading()
+        reader.send(request_bytes("GET", "/metrics"))
+        await until(lambda: server.connections == 1)
+        (held,) = server._listener._open
+        while not held.unsent:
+            reader.send(request_bytes("GET", "/metrics") * 6)
+            for _ in range(3):
+                assert (await ask(server.port, "GET", "/health")).status == 200
+        reader.send(request_bytes("GET", "/health", Connection="close"))
+        await until(lambda: server.connections == 0)
+
+
 @pytest.mark.parametrize(
     "junk",
     [b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"GET\r\n\r\n", b"GET / HTTP/1.1\r\nno colon\r\n\r\n"],

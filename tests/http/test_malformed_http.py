@@ -16,6 +16,7 @@ from realtime_serve import InferenceServer
 
 HEAD = b"POST /infer HTTP/1.1\r\nHost: t\r\n"
 CHUNKED = HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
+ASKED = request_bytes("GET", "/ready")
 BODY = json.dumps({"prompt": "x", "max_tokens": 2, "stream": False}).encode()
 
 
@@ -225,3 +226,42 @@ async def test_an_upgrade_that_is_not_taken_up_is_a_request_as_any(server: Infer
         for protocol in ("websocket", "h2c"):
             answer = await connection.ask("GET", "/health", Connection="Upgrade", Upgrade=protocol)
             assert (answer.status, answer.json()["status"]) == (200, "ok")
+        connection.send(request_bytes("GET", "/health", Connection="Upgrade", Upgrade="websocket") + ASKED)
+        assert (await connection.answer()).status == 200
+        assert (await connection.answer()).json()["ready"]
+
+
+async def test_a_request_behind_a_body_that_nobody_wanted(server: InferenceServer) -> None:
+    async with await Connection.open(server.port) as connection:
+        connection.send(b"POST /none HTTP/1.1\r\nHost: t\r\nContent-Length: 300000\r\n\r\n")
+        assert (await connection.answer()).status == 404
+        connection.send(b"x" * 300_000 + request_bytes("GET", "/health"))
+        assert (await connection.answer()).status == 200
+
+
+async def test_who_still_sends_reads_why_nobody_listens(server: InferenceServer) -> None:
+    """Closed at once, the connection would be reset by what was still to come, and the answer lost."""
+    async with await Connection.open(server.port) as connection:
+        connection.send(b"no HTTP at all\r\n\r\n" + b"x" * 8_000_000)
+        assert (await connection.answer()).status == 400
+        assert await connection.is_closed()
+
+
+async def test_a_body_too_large_is_refused_before_it_comes(server: InferenceServer) -> None:
+    async with await Connection.open(server.port) as connection:
+        connection.send(HEAD + b"Content-Length: 1000000000\r\n\r\n")
+        answer = await connection.answer()
+        assert (answer.status, answer.error()["code"]) == (413, "body_too_large")
+
+
+async def test_errors_have_the_requests_id(server: InferenceServer) -> None:
+    async with await Connection.open(server.port) as connection:
+        for path, body in (("/infer", b"{"), ("/infer", {"prompt": "x", "model": "none"}), ("/predict", {"input": 1})):
+            answer = await connection.ask("POST", path, body)
+            assert answer.status in (400, 404)
+            assert len(answer.headers["X-Request-Id"]) == 32
+
+
+async def test_an_unknown_route_is_told_which_there_are(server: InferenceServer) -> None:
+    async with await Connection.open(server.port) as connection:
+        assert "/infer" in (await connection.ask("GET", "/none")).error()["message"]
