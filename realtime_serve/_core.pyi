@@ -128,9 +128,11 @@ class EngineCore:
         max_step_tokens: int,
         block_size: int,
         num_blocks: int,
+        cached_blocks: int,
         max_context: int,
         max_queue: int,
         ageing_ms: int,
+        target_step_ms: float,
         vocabulary: Vocabulary,
     ) -> None: ...
     def bind_buffers(
@@ -240,7 +242,7 @@ class GgufFile:
     def dequantize(self, name: str) -> npt.NDArray[np.float32]:
         """The tensor's values in a new array of its shape. The GIL is free meanwhile.
 
-        Raises KeyError for an unknown name, RuntimeError for a type other than F32, F16, BF16, Q4_0, Q4_1 and Q8_0.
+        Raises KeyError for an unknown name, RuntimeError for a type that is not decoded, with those that are.
         """
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes as stored, (nbytes,): a read-only view of the mapping. KeyError for an unknown name."""

@@ -133,6 +133,9 @@ class ServerConfig:
         (), "clients whose priority is fixed, as batch=LOW,vip=HIGH"
     )
     """By client id, the name of a priority, or a RequestPriority; kept as pairs, in order, which cannot change."""
+    target_step_ms: float = _setting(
+        0.0, "milliseconds that prompts may make a step of running streams take; 0: by what steps cost", high=60_000
+    )
 
     def __post_init__(self) -> None:
         if isinstance(self.log_level, str):

@@ -57,6 +57,7 @@ class InferenceService:
                 max_step_tokens=max(config.max_step_tokens, config.max_batch_size),
                 max_queue=config.max_queue,
                 ageing_ms=config.ageing_ms,
+                target_step_ms=config.target_step_ms,
             ),
             isolation=config.isolation,
             log_level=config.log_level,

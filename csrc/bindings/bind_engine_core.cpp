@@ -1,10 +1,13 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
+#include <unistd.h>
 
+#include <cerrno>
 #include <memory>
 #include <optional>
 #include <span>
 #include <stdexcept>
+#include <system_error>
 
 #include "bindings.hpp"
 #include "rts/engine_core.hpp"
@@ -19,6 +22,12 @@ using release_gil = py::call_guard<py::gil_scoped_release>;
 
 template <class T>
 using Array = py::array_t<T, py::array::c_style>;
+
+SipKey random_key() {
+  SipKey key;
+  if (::getentropy(key.data(), sizeof key) != 0) throw std::system_error(errno, std::generic_category(), "getentropy");
+  return key;
+}
 
 // The core with the arrays that it writes to, which must live as long.
 class BoundEngineCore {
@@ -75,21 +84,25 @@ class BoundEngineCore {
 void register_engine_core(py::module_& m) {
   py::class_<BoundEngineCore>(m, "EngineCore", "A worker's engine but for the model.")
       .def(py::init([](std::uint32_t max_batch_size, std::uint32_t max_step_tokens, std::uint32_t block_size,
-                       std::uint32_t num_blocks, std::uint32_t max_context, std::uint32_t max_queue,
-                       std::uint32_t ageing_ms, std::shared_ptr<Vocabulary> vocabulary) {
+                       std::uint32_t num_blocks, std::uint32_t cached_blocks, std::uint32_t max_context,
+                       std::uint32_t max_queue, std::uint32_t ageing_ms, double target_step_ms,
+                       std::shared_ptr<Vocabulary> vocabulary) {
              EngineConfig config;
              config.scheduler.max_sequences = max_batch_size;
              config.scheduler.token_budget = max_step_tokens;
              config.scheduler.block_size = block_size;
              config.scheduler.num_blocks = num_blocks;
+             config.scheduler.cached_blocks = cached_blocks;
              config.scheduler.max_context = max_context;
+             config.scheduler.target_step_ns = static_cast<std::int64_t>(target_step_ms * 1e6);
+             config.scheduler.prefix_key = random_key();
              config.max_queue = max_queue;
              config.ageing_ns = std::int64_t{ageing_ms} * 1'000'000;
              return std::make_unique<BoundEngineCore>(config, std::move(vocabulary));
            }),
            py::kw_only(), py::arg("max_batch_size"), py::arg("max_step_tokens"), py::arg("block_size"),
-           py::arg("num_blocks"), py::arg("max_context"), py::arg("max_queue"), py::arg("ageing_ms"),
-           py::arg("vocabulary"))
+           py::arg("num_blocks"), py::arg("cached_blocks"), py::arg("max_context"), py::arg("max_queue"),
+           py::arg("ageing_ms"), py::arg("target_step_ms"), py::arg("vocabulary"))
       .def("bind_buffers", &BoundEngineCore::bind_buffers, py::kw_only(), py::arg("tokens").noconvert(),
            py::arg("positions").noconvert(), py::arg("kv_slots").noconvert(), py::arg("query_start").noconvert(),
            py::arg("context_len").noconvert(), py::arg("rows").noconvert(), py::arg("block_table").noconvert(),

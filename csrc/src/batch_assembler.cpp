@@ -8,7 +8,6 @@ void BatchAssembler::assemble(const Plan& plan) const noexcept {
     Sequence& sequence = *row.sequence;
     const std::uint32_t end = row.start + row.count;
     std::int32_t* const table = out_.block_table + std::size_t{sequence.row} * row_blocks_;
-    if (row.start == 0) sequence.assembled_blocks = 0;  // it begins, perhaps once more and in another row
     for (; sequence.assembled_blocks < sequence.blocks.size(); ++sequence.assembled_blocks) {
       table[sequence.assembled_blocks] = sequence.blocks[sequence.assembled_blocks];
     }

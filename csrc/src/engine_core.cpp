@@ -45,8 +45,8 @@ struct EngineCore::Attached {
 EngineCore::EngineCore(const EngineConfig& config, std::shared_ptr<const Vocabulary> vocabulary, const Clock& clock)
     : clock_(clock),
       vocabulary_(vocabulary),
-      waiting_(config.max_queue + config.scheduler.max_sequences, config.ageing_ns),
-      blocks_(config.scheduler.num_blocks),
+      waiting_(config.max_queue + config.scheduler.max_sequences, config.ageing_ns, config.scheduler.max_sequences),
+      blocks_(config.scheduler.num_blocks, config.scheduler.cached_blocks),
       scheduler_(config.scheduler, blocks_, waiting_.heap()),
       assembler_(config.scheduler),
       publisher_(vocabulary),
@@ -172,11 +172,14 @@ Sequence* EngineCore::new_sequence() {
   free_sequences_.pop_back();
   // A used one keeps its memory.
   std::vector<std::int32_t> tokens = std::move(sequence->tokens), blocks = std::move(sequence->blocks);
+  std::vector<Hash128> hashes = std::move(sequence->hashes);
   tokens.clear();
   blocks.clear();
+  hashes.clear();
   *sequence = Sequence{};
   sequence->tokens = std::move(tokens);
   sequence->blocks = std::move(blocks);
+  sequence->hashes = std::move(hashes);
   return sequence;
 }
 
@@ -229,7 +232,9 @@ void EngineCore::commit() {
 }
 
 void EngineCore::count_step(const Plan& plan) {
-  const auto step_us = static_cast<std::uint64_t>((clock_.now_ns() - step_started_ns_) / 1000);
+  const std::int64_t step_ns = clock_.now_ns() - step_started_ns_;
+  scheduler_.observe(plan, step_ns);
+  const auto step_us = static_cast<std::uint64_t>(step_ns / 1000);
   for (const std::unique_ptr<Attached>& attached : channels_) {
     if (!attached) continue;
     ChannelHeader& header = attached->channel->header();
@@ -253,6 +258,7 @@ void EngineCore::show_load() {
 }
 
 void EngineCore::abort() {
+  scheduler_.retract(*plan_);
   for (const PlanRow& row : plan_->rows) finish(*row.sequence, FinishReason::kError, StreamError::kModelFailed);
   // Tokens of finished sequences are dropped, whatever they are.
   std::fill_n(sampled_, plan_->samples, 0);

@@ -1,5 +1,7 @@
 #include "rts/publisher.hpp"
 
+#include <algorithm>
+
 namespace rts {
 
 Publisher::Publisher(std::shared_ptr<const Vocabulary> vocabulary) : vocabulary_(std::move(vocabulary)) {
@@ -32,6 +34,7 @@ void Publisher::publish_end(const Sequence& sequence, TokenWriter& writer, std::
   const std::int64_t last = sequence.first_token_ns != 0 ? sequence.last_token_ns : now_ns;
   EndExtension end;
   end.prompt_tokens = sequence.prompt_tokens;
+  end.cached_tokens = std::min(sequence.cached_tokens, sequence.prompt_tokens);
   end.queue_ns = admitted - sequence.arrival_ns;
   end.prefill_ns = first - admitted;
   end.decode_ns = last - first;

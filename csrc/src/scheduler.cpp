@@ -2,12 +2,13 @@
 
 #include <algorithm>
 #include <stdexcept>
+#include <tuple>
 #include <utility>
 
 namespace rts {
 
 Scheduler::Scheduler(const SchedulerConfig& config, BlockPool& blocks, AgeingHeap<Sequence*>& waiting)
-    : config_(config), blocks_(blocks), waiting_(waiting) {
+    : config_(config), blocks_(blocks), memory_(blocks, config.block_size, config.prefix_key), waiting_(waiting) {
   if (config.max_sequences == 0 || config.token_budget == 0 || config.block_size == 0 || config.max_context == 0) {
     throw std::invalid_argument("a scheduler needs at least one sequence, token, position and context");
   }
@@ -17,6 +18,7 @@ Scheduler::Scheduler(const SchedulerConfig& config, BlockPool& blocks, AgeingHea
   for (Plan& plan : plans_) plan.rows.reserve(config.max_sequences);
   running_.reserve(config.max_sequences);
   released_.reserve(config.max_sequences);
+  prompts_.reserve(config.max_sequences);
   for (std::uint32_t row = config.max_sequences; row-- > 0;) free_rows_.push_back(row);
 }
 
@@ -26,72 +28,134 @@ std::uint32_t Scheduler::runnable(const Sequence& sequence) const {
   return static_cast<std::uint32_t>(sequence.tokens.size()) + sequence.pending - sequence.scheduled;
 }
 
-// In the worst case: the prompt and all the tokens that were asked for.
-std::uint32_t Scheduler::most_blocks(const Sequence& sequence) const {
-  const std::uint64_t most =
-      std::uint64_t{sequence.prompt_tokens} + static_cast<std::uint32_t>(sequence.sampling.max_tokens);
-  const auto positions = static_cast<std::uint32_t>(std::min<std::uint64_t>(most, config_.max_context));
-  return (positions + config_.block_size - 1) / config_.block_size;
-}
-
 Plan* Scheduler::schedule(std::int64_t now_ns) {
   Plan* plan = free_plan();
   if (plan == nullptr) return nullptr;
   compact_running();
+  make_blocks(now_ns);
   make_room(now_ns);
   plan->rows.clear();
   plan->tokens = plan->samples = 0;
-
-  // Decoding sequences go first: a prompt never delays a running stream by more than the rest of the budget. Where the
-  // budget is smaller than their number, they take turns.
-  const std::size_t count = running_.size();
-  if (first_decode_ >= count) first_decode_ = 0;
-  const std::size_t start = first_decode_;
-  for (std::size_t i = 0; i < count; ++i) {
-    const std::size_t at = start + i < count ? start + i : start + i - count;
-    if (runnable(*running_[at]) != 1) continue;
-    if (plan->tokens == config_.token_budget) {
-      first_decode_ = at;
-      break;
-    }
-    add_row(*plan, *running_[at], 1);
-  }
-  // Prompts that are being read, oldest first.
-  for (std::size_t i = 0; i < count && plan->tokens < config_.token_budget; ++i) {
-    const std::uint32_t positions = runnable(*running_[i]);
-    if (positions > 1) add_row(*plan, *running_[i], std::min(positions, config_.token_budget - plan->tokens));
-  }
-  // New ones, in the heap's order: nobody overtakes one that does not fit yet, so that large requests do not starve.
-  while (plan->tokens < config_.token_budget) {
-    Sequence* const* next = waiting_.peek(now_ns);
-    if (next == nullptr || !admit(**next, now_ns)) break;
-    Sequence& admitted = **waiting_.pop(now_ns);
-    if (const std::uint32_t positions = runnable(admitted)) {
-      add_row(*plan, admitted, std::min(positions, config_.token_budget - plan->tokens));
-    }
-  }
+  add_decoding(*plan);
+  plan->decoding = plan->tokens;
+  add_prompts(*plan, now_ns);
   if (plan->rows.empty()) return nullptr;
   plan->in_use = true;
   return plan;
 }
 
-// Preempts for those who wait and have a higher priority, and admits them. Before the step is planned, so that no plan
-// names who is preempted; and for no more than its budget has positions for.
+// They go first: a prompt never delays a running stream by more than its part of the budget. Where the budget is
+// smaller than their number, they take turns.
+void Scheduler::add_decoding(Plan& plan) {
+  const std::size_t count = running_.size();
+  if (first_decode_ >= count) first_decode_ = 0;
+  const std::size_t start = first_decode_;
+  for (std::size_t i = 0; i < count; ++i) {
+    const std::size_t at = start + i < count ? start + i : start + i - count;
+    Sequence& sequence = *running_[at];
+    if (runnable(sequence) != 1) continue;
+    if (plan.tokens == config_.token_budget) {
+      first_decode_ = at;
+      break;
+    }
+    if (memory_.reach(sequence) > 0) add_row(plan, sequence, 1);
+  }
+}
+
+// Max-min fair: in the order of what they have left, each gets an even part of what those before it have left over.
+void Scheduler::add_prompts(Plan& plan, std::int64_t now_ns) {
+  std::uint32_t left = prompt_budget(plan);
+  const std::uint32_t part = std::max(1U, config_.token_budget / kPromptsAtOnce);
+  std::uint32_t claimed = 0;
+  prompts_.clear();
+  const auto add = [&](Sequence& sequence) {
+    if (!memory_.pass_over_computed(sequence)) return;
+    const std::uint32_t positions = runnable(sequence);
+    prompts_.push_back({&sequence, positions});
+    claimed += std::min(positions, part);
+  };
+  for (Sequence* sequence : running_) {
+    if (runnable(*sequence) > 1) add(*sequence);
+  }
+  // New ones, in the heap's order: nobody overtakes one that does not fit yet, so that large requests do not starve.
+  while (claimed < left) {
+    Sequence* const* next = waiting_.peek(now_ns);
+    if (next == nullptr || !admit(**next, now_ns)) break;
+    Sequence& admitted = **waiting_.pop(now_ns);
+    if (runnable(admitted) > 0) add(admitted);
+  }
+  std::ranges::stable_sort(prompts_, {}, &Prompt::left);
+  auto sharing = static_cast<std::uint32_t>(prompts_.size());
+  for (const Prompt& prompt : prompts_) {
+    const std::uint32_t even = (left + sharing - 1) / sharing;
+    --sharing;
+    const std::uint32_t positions = std::min({prompt.left, even, memory_.reach(*prompt.sequence)});
+    if (positions == 0) continue;
+    add_row(plan, *prompt.sequence, positions);
+    left -= positions;
+  }
+}
+
+std::uint32_t Scheduler::prompt_budget(const Plan& plan) const {
+  const std::uint32_t left = config_.token_budget - plan.tokens;
+  if (plan.decoding == 0) return left;
+  std::int64_t target_ns = config_.target_step_ns;
+  if (target_ns == 0) target_ns = static_cast<std::int64_t>(cost_.decode_ns(plan.decoding) * kPromptSlowdown);
+  const std::uint32_t within = cost_.prompt_positions_within(target_ns, plan.decoding, left);
+  // A prompt that is being read gets on in any case.
+  return std::min(left, std::max(within, config_.block_size));
+}
+
+// Preempts until those that run can grow. Before the step is planned, so that no plan names who is preempted.
+void Scheduler::make_blocks(std::int64_t now_ns) {
+  std::uint32_t needed = 0;
+  const auto growth = [&](const Sequence& sequence) {
+    return runnable(sequence) > 0 ? memory_.growth(sequence, sequence.scheduled + 1) : 0;
+  };
+  for (const Sequence* sequence : running_) needed += growth(*sequence);
+  while (needed > blocks_.available() && running_.size() > 1) {
+    Sequence* const victim = first_to_preempt(now_ns);
+    if (victim == nullptr) return;
+    needed -= growth(*victim);
+    preempt(*victim);
+  }
+}
+
+// The newest of the lowest priority; of those that have aged the newest, where all have.
+Sequence* Scheduler::first_to_preempt(std::int64_t now_ns) const {
+  const auto rank = [&](const Sequence& sequence) {
+    const bool aged = waiting_.is_aged(sequence.arrival_ns, now_ns);
+    return std::tuple(aged, aged ? Priority::kLow : sequence.priority, -sequence.arrival_ns);
+  };
+  Sequence* first = nullptr;
+  for (Sequence* sequence : running_) {
+    if (sequence->in_flight > 0 || sequence->state != SequenceState::kRunning) continue;
+    if (first == nullptr || rank(*sequence) <= rank(*first)) first = sequence;
+  }
+  return first;
+}
+
+// Preempts for those who wait and have a higher priority, and admits them; for no more than the step's budget has
+// positions for.
 void Scheduler::make_room(std::int64_t now_ns) {
   // Every running one takes a position, but for whoever is preempted.
   const std::uint64_t budget = std::uint64_t{config_.token_budget} + 1;
   std::uint64_t left = budget - std::min<std::uint64_t>(budget, running_.size());
-  while (left > 0 && !waiting_.full()) {
+  while (left > 0) {
     Sequence* const* next = waiting_.peek(now_ns);
     if (next == nullptr || (*next)->priority == Priority::kLow) return;
     Sequence* newest_of_lowest = nullptr;
-    std::size_t blocks = blocks_.available();  // with those of all that could be preempted
+    std::size_t blocks = blocks_.available(), others = running_.size();  // once all that could be are preempted
     for (Sequence* sequence : running_) {
       if (!is_outranked(*sequence, (*next)->priority, now_ns)) continue;
-      blocks += sequence->blocks.size() + sequence->reserved_blocks;
-      if (newest_of_lowest == nullptr || sequence->priority <= newest_of_lowest->priority) newest_of_lowest = sequence;
+      blocks += memory_.held_alone(*sequence);
+      --others;
+      if (newest_of_lowest == nullptr || std::tuple(sequence->priority, -sequence->arrival_ns) <=
+                                             std::tuple(newest_of_lowest->priority, -newest_of_lowest->arrival_ns)) {
+        newest_of_lowest = sequence;
+      }
     }
-    if (newest_of_lowest == nullptr || blocks < most_blocks(**next)) return;
+    if (newest_of_lowest == nullptr || blocks < memory_.needed(**next) + others) return;
     if (admit(**next, now_ns)) {
       left -= std::min<std::uint64_t>(left, runnable(**waiting_.pop(now_ns)));
     } else {
@@ -110,21 +174,24 @@ void Scheduler::preempt(Sequence& sequence) {
   running_.erase(at);
   free_memory(sequence);
   sequence.state = SequenceState::kWaiting;
-  sequence.scheduled = 0;
+  sequence.was_preempted = true;
   const Ticket ticket{sequence.priority, sequence.arrival_ns, sequence.deadline_ns};
-  waiting_.push(ticket, &sequence, &sequence.waiting_handle);
+  waiting_.put_back(ticket, &sequence, &sequence.waiting_handle);
   ++preemptions_;
 }
 
 bool Scheduler::admit(Sequence& sequence, std::int64_t now_ns) {
-  if (free_rows_.empty()) return false;
-  const std::uint32_t blocks = most_blocks(sequence);
-  if (!blocks_.reserve(blocks)) return false;
-  sequence.blocks.reserve(blocks);
-  sequence.tokens.reserve(std::size_t{blocks} * config_.block_size);
-  sequence.reserved_blocks = blocks;
+  if (free_rows_.empty() || !memory_.acquire(sequence, static_cast<std::uint32_t>(running_.size()))) return false;
+  // Nothing is allocated at a step: as many as it can ever have.
+  const auto positions = static_cast<std::size_t>(std::min<std::uint64_t>(
+      std::uint64_t{sequence.prompt_tokens} + static_cast<std::uint32_t>(sequence.sampling.max_tokens),
+      config_.max_context));
+  sequence.tokens.reserve(positions);
+  sequence.blocks.reserve(positions / config_.block_size + 1);
+  if (config_.cached_blocks > 0) sequence.hashes.reserve(positions / config_.block_size);
   sequence.row = free_rows_.back();
   free_rows_.pop_back();
+  sequence.assembled_blocks = 0;
   sequence.state = SequenceState::kRunning;
   sequence.waiting_handle = 0;
   if (sequence.admitted_ns == 0) sequence.admitted_ns = now_ns;
@@ -143,10 +210,7 @@ void Scheduler::add_row(Plan& plan, Sequence& sequence, std::uint32_t count) {
     ++plan.samples;
     sequence.sampled_by = static_cast<std::uint32_t>(plan.rows.size());
   }
-  while (sequence.blocks.size() * config_.block_size < sequence.scheduled) {
-    sequence.blocks.push_back(blocks_.allocate_reserved());
-    --sequence.reserved_blocks;
-  }
+  memory_.advanced(sequence);
   ++sequence.in_flight;
   plan.tokens += count;
   plan.rows.push_back(row);
@@ -166,11 +230,19 @@ void Scheduler::commit(Plan& plan, std::span<const std::int32_t> sampled, std::s
       token += count;
       ++sample;
     }
+    memory_.computed(sequence, row.start + row.count);
     // After accept(), so that a sequence which ends there is still held by this plan, and released once.
     --sequence.in_flight;
     if (sequence.state == SequenceState::kFinished && sequence.in_flight == 0) release(sequence);
   }
   plan.in_use = false;
+}
+
+void Scheduler::retract(const Plan& plan) {
+  for (const PlanRow& row : plan.rows) memory_.retract(*row.sequence, row.start);
+  for (Sequence* sequence : running_) {
+    if (sequence->in_flight == 0) memory_.rewind(*sequence);
+  }
 }
 
 void Scheduler::accept(Sequence& sequence, std::span<const std::int32_t> tokens) {
@@ -211,10 +283,7 @@ void Scheduler::finish(Sequence& sequence, FinishReason reason, StreamError erro
 }
 
 void Scheduler::free_memory(Sequence& sequence) {
-  blocks_.free(sequence.blocks);
-  blocks_.unreserve(sequence.reserved_blocks);
-  sequence.blocks.clear();
-  sequence.reserved_blocks = 0;
+  memory_.release(sequence);
   free_rows_.push_back(sequence.row);
 }
 

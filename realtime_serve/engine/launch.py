@@ -158,6 +158,7 @@ def load_runner(spec: LoadSpec) -> Runner:
     from realtime_serve.tokenizer import Tokenizer
 
     kv_cache_mb = _number(options, "kv_cache_mb", 0.0)
+    prefix_cache_mb = int(_number(options, "prefix_cache_mb", 0.0)) if "prefix_cache_mb" in options else None
     _refuse_unknown(options, model.name)
     path = Path(spec.path)
     return TorchLM.load(
@@ -168,6 +169,7 @@ def load_runner(spec: LoadSpec) -> Runner:
         max_context=model.max_seq_length,
         max_batch_size=limits.max_batch_size,
         kv_cache_mb=int(kv_cache_mb) or None,
+        prefix_cache_mb=prefix_cache_mb,
     )
 
 

@@ -22,6 +22,7 @@ class EngineLimits:
     max_step_tokens: int
     max_queue: int
     ageing_ms: int
+    target_step_ms: float = 0.0
 
 
 class StepLoop:
@@ -44,9 +45,11 @@ class StepLoop:
             max_step_tokens=limits.max_step_tokens,
             block_size=runner.block_size,
             num_blocks=runner.num_blocks,
+            cached_blocks=getattr(runner, "cached_blocks", 0),
             max_context=runner.max_context,
             max_queue=limits.max_queue,
             ageing_ms=limits.ageing_ms,
+            target_step_ms=limits.target_step_ms,
             vocabulary=Vocabulary(runner.vocabulary_tokens, sorted(runner.special_tokens), sorted(runner.eos_tokens)),
         )
         self._buffers = StepBuffers(

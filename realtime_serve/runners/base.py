@@ -73,6 +73,15 @@ class Runner(Protocol):
         """Frees what it holds; called once, after the last step."""
 
 
+class CachingRunner(Runner, Protocol):
+    """A runner whose KV blocks keep what they hold: a sequence then starts behind the prefix that others have computed,
+    and a row's context may lie in blocks that another row of an earlier step has filled."""
+
+    @property
+    def cached_blocks(self) -> int:
+        """Blocks that are kept for their prefixes while no sequence uses them; 0: none."""
+
+
 class NativeRunner(Runner, Protocol):
     """A runner whose model is C++ as well: the engine then runs its steps without Python and the GIL, and never calls
     `step`."""

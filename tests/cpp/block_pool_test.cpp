@@ -6,111 +6,110 @@
 #include <random>
 #include <set>
 #include <stdexcept>
-#include <string>
 #include <vector>
 
 namespace rts {
 namespace {
 
-TEST(BlockPool, StartsWithEveryBlockFree) {
-  const BlockPool pool(7);
-  EXPECT_EQ(pool.size(), 7U);
-  EXPECT_EQ(pool.in_use(), 0U);
-  EXPECT_EQ(pool.reserved(), 0U);
+using Blocks = std::vector<std::int32_t>;
+
+Blocks take(BlockPool& pool, int count) {
+  Blocks blocks;
+  while (count-- > 0) blocks.push_back(pool.allocate());
+  return blocks;
 }
 
-TEST(BlockPool, PromisesWhatIsLeftAndNoMore) {
-  BlockPool pool(5);
-  EXPECT_TRUE(pool.reserve(3));
-  EXPECT_FALSE(pool.reserve(3));
-  EXPECT_EQ(pool.reserved(), 3U);
-  EXPECT_TRUE(pool.reserve(2));
-  EXPECT_FALSE(pool.reserve(1));
-  EXPECT_TRUE(pool.reserve(0));
-  pool.allocate_reserved();
-  EXPECT_FALSE(pool.reserve(1)) << "a block in use is not free for another promise";
-  pool.unreserve(4);
-  EXPECT_TRUE(pool.reserve(4));
-  EXPECT_FALSE(pool.reserve(0xFFFFFFFF));
-}
-
-TEST(BlockPool, AllocatesEachBlockOnce) {
+TEST(BlockPool, GivesEachBlockOnce) {
   BlockPool pool(4);
-  ASSERT_TRUE(pool.reserve(4));
-  std::set<std::int32_t> blocks;
-  for (int i = 0; i < 4; ++i) blocks.insert(pool.allocate_reserved());
-  EXPECT_EQ(blocks, (std::set<std::int32_t>{0, 1, 2, 3}));
+  EXPECT_EQ(pool.size(), 4U);
+  EXPECT_EQ(pool.available(), 4U);
+  const Blocks blocks = take(pool, 4);
+  EXPECT_EQ(std::set(blocks.begin(), blocks.end()), (std::set<std::int32_t>{0, 1, 2, 3}));
   EXPECT_EQ(pool.in_use(), 4U);
-  EXPECT_EQ(pool.reserved(), 0U);
+  EXPECT_THROW(pool.allocate(), std::logic_error);
+  pool.free(blocks);
+  EXPECT_EQ(pool.in_use(), 0U);
 }
 
 TEST(BlockPool, GivesTheBlockThatWasFreedLast) {
   BlockPool pool(4);
-  ASSERT_TRUE(pool.reserve(4));
-  const std::int32_t first = pool.allocate_reserved(), second = pool.allocate_reserved();
-  pool.free(std::vector{second});
-  pool.free(std::vector{first});
-  EXPECT_EQ(pool.allocate_reserved(), first);
-  EXPECT_EQ(pool.allocate_reserved(), second);
+  const std::int32_t first = pool.allocate(), second = pool.allocate();
+  pool.free(Blocks{second});
+  pool.free(Blocks{first});
+  EXPECT_EQ(pool.allocate(), first);
+  EXPECT_EQ(pool.allocate(), second);
 }
 
-TEST(BlockPool, RefusesWhatWasNotPromised) {
-  BlockPool pool(4);
-  EXPECT_THROW(pool.allocate_reserved(), std::logic_error);
-  ASSERT_TRUE(pool.reserve(2));
-  EXPECT_THROW(pool.unreserve(3), std::logic_error);
-  EXPECT_EQ(pool.reserved(), 2U);
+TEST(BlockPool, RefusesABlockThatNobodyUses) {
+  BlockPool pool(2);
+  const Blocks block = take(pool, 1);
+  pool.free(block);
+  EXPECT_THROW(pool.free(block), std::logic_error);
+  EXPECT_THROW(pool.free(Blocks{7}), std::out_of_range);
 }
 
-TEST(BlockPool, RefusesABlockThatIsNotInUse) {
-  BlockPool pool(4);
-  ASSERT_TRUE(pool.reserve(1));
-  const std::int32_t block = pool.allocate_reserved();
-  EXPECT_THROW(pool.free(std::vector{block, block}), std::logic_error);
+TEST(BlockPool, ASharedBlockIsFreeOnceNobodyUsesIt) {
+  BlockPool pool(2, 2);
+  const Blocks block = take(pool, 1);
+  pool.publish(block[0], {1, 1});
+  EXPECT_TRUE(pool.has_one_user(block[0]));
+  pool.share(pool.find({1, 1}));
+  EXPECT_FALSE(pool.has_one_user(block[0]));
+  pool.free(block);
+  EXPECT_EQ(pool.in_use(), 1U);
+  pool.free(block);
   EXPECT_EQ(pool.in_use(), 0U);
-  EXPECT_THROW(pool.free(std::vector{4}), std::logic_error);
-  EXPECT_THROW(pool.free(std::vector{-1}), std::logic_error);
+  EXPECT_EQ(pool.idle(), 1U);
 }
 
-TEST(BlockPool, AccountsForEveryBlockWhateverTheOrder) {
-  const std::uint32_t seed = std::random_device{}();
-  SCOPED_TRACE("seed " + std::to_string(seed));
-  std::mt19937 random(seed);
-  BlockPool pool(37);
-  std::vector<std::int32_t> held;
-  std::uint32_t promised = 0;
-  for (int step = 0; step < 20000; ++step) {
-    switch (random() % 4) {
-      case 0: {
-        const auto blocks = static_cast<std::uint32_t>(random() % 8);
-        const bool fits = blocks + promised + held.size() <= 37;
-        ASSERT_EQ(pool.reserve(blocks), fits);
-        if (fits) promised += blocks;
-        break;
-      }
-      case 1:
-        if (promised > 0) {
-          held.push_back(pool.allocate_reserved());
-          --promised;
-        }
-        break;
-      case 2:
-        if (promised > 0) {
-          pool.unreserve(1);
-          --promised;
-        }
-        break;
-      default:
-        if (!held.empty()) {
-          std::swap(held[random() % held.size()], held.back());
-          pool.free(std::span(&held.back(), 1));
-          held.pop_back();
-        }
-    }
-    ASSERT_EQ(pool.in_use(), held.size());
-    ASSERT_EQ(pool.reserved(), promised);
-    ASSERT_EQ(std::set(held.begin(), held.end()).size(), held.size());
-  }
+TEST(BlockPool, KeepsAPrefixUntilItsBlockIsNeeded) {
+  BlockPool pool(3, 3);
+  const Blocks blocks = take(pool, 2);
+  pool.publish(blocks[0], {1, 1});
+  pool.publish(blocks[1], {2, 2});
+  pool.free(blocks);
+  EXPECT_EQ(pool.available(), 3U);
+  take(pool, 1);  // the one that has no prefix
+  EXPECT_EQ(pool.find({1, 1}), blocks[0]);
+  EXPECT_EQ(pool.find({2, 2}), blocks[1]);
+  EXPECT_EQ(take(pool, 1), Blocks{blocks[1]}) << "a sequence's last blocks go first";
+  EXPECT_EQ(pool.find({2, 2}), PrefixCache::kNone);
+  EXPECT_EQ(pool.find({1, 1}), blocks[0]);
+}
+
+TEST(BlockPool, AnIdleBlockIsUsedAgainWithItsPrefix) {
+  BlockPool pool(1, 1);
+  const Blocks block = take(pool, 1);
+  pool.publish(block[0], {1, 1});
+  pool.free(block);
+  EXPECT_TRUE(pool.is_idle(block[0]));
+  pool.share(block[0]);
+  EXPECT_EQ(pool.available(), 0U);
+  EXPECT_THROW(pool.allocate(), std::logic_error);
+  pool.free(block);
+  EXPECT_EQ(pool.find({1, 1}), block[0]);
+}
+
+TEST(BlockPool, KeepsNoMorePrefixesThanItIsTo) {
+  BlockPool pool(8, 2);
+  const Blocks blocks = take(pool, 4);
+  for (const std::int32_t block : blocks) pool.publish(block, {static_cast<std::uint64_t>(block), 0});
+  for (const std::int32_t block : blocks) pool.free(Blocks{block});
+  EXPECT_EQ(pool.idle(), 2U);
+  EXPECT_EQ(pool.find({static_cast<std::uint64_t>(blocks[1]), 0}), PrefixCache::kNone);
+  EXPECT_EQ(pool.find({static_cast<std::uint64_t>(blocks[3]), 0}), blocks[3]);
+  EXPECT_EQ(pool.available(), 8U);
+}
+
+TEST(BlockPool, WhatIsRetractedIsFoundNoMore) {
+  BlockPool pool(2, 2);
+  const Blocks block = take(pool, 1);
+  pool.publish(block[0], {1, 1});
+  pool.retract(block[0]);
+  EXPECT_EQ(pool.find({1, 1}), PrefixCache::kNone);
+  pool.free(block);
+  EXPECT_EQ(pool.idle(), 0U);
+  EXPECT_EQ(pool.available(), 2U);
 }
 
 }  // namespace

@@ -26,12 +26,15 @@ constexpr std::int64_t kMs = 1'000'000;
 class Engine {
  public:
   explicit Engine(const SchedulerConfig& with, std::int64_t ageing_ns = 1000 * kMs, std::size_t queue = 64)
-      : config(with), pool(with.num_blocks), heap(queue, ageing_ns), scheduler(with, pool, heap) {}
+      : config(with),
+        pool(with.num_blocks, with.cached_blocks),
+        heap(queue, ageing_ns, with.max_sequences),
+        scheduler(with, pool, heap) {}
 
   Sequence& add(std::uint32_t prompt_tokens, std::int32_t max_tokens, Priority priority = Priority::kNormal,
                 std::int64_t arrival_ns = 0) {
     Sequence& sequence = *owned.emplace_back(std::make_unique<Sequence>());
-    sequence.stream_id = owned.size();
+    sequence.stream_id = ++added;
     sequence.prompt_tokens = prompt_tokens;
     sequence.tokens.assign(prompt_tokens, 0);
     sequence.sampling.max_tokens = max_tokens;
@@ -58,6 +61,7 @@ class Engine {
   AgeingHeap<Sequence*> heap;
   Scheduler scheduler;
   std::vector<std::unique_ptr<Sequence>> owned;
+  std::uint64_t added = 0;
 };
 
 SchedulerConfig small() {
@@ -105,19 +109,20 @@ TEST(Scheduler, ReadsAPromptInChunksOfTheBudget) {
   }
 }
 
-TEST(Scheduler, DecodingGoesBeforePromptsAndThoseInOrderOfAdmission) {
+TEST(Scheduler, DecodingGoesBeforePromptsAndThoseShareWhatIsLeft) {
   Engine engine(small());
   Sequence& decoding = engine.add(2, 50);
   engine.step();
   Sequence& first = engine.add(9, 5);
   Sequence& second = engine.add(3, 5);
   Plan* plan = engine.schedule();
-  EXPECT_EQ(rows_of(plan), (Rows{{&decoding, 2, 1, true}, {&first, 0, 7, false}}));
+  EXPECT_EQ(rows_of(plan), (Rows{{&decoding, 2, 1, true}, {&second, 0, 3, true}, {&first, 0, 4, false}}));
+  EXPECT_EQ(plan->decoding, 1U);
   engine.commit(*plan);
   plan = engine.schedule();
-  EXPECT_EQ(rows_of(plan), (Rows{{&decoding, 3, 1, true}, {&first, 7, 2, true}, {&second, 0, 3, true}}));
+  EXPECT_EQ(rows_of(plan), (Rows{{&decoding, 3, 1, true}, {&second, 3, 1, true}, {&first, 4, 5, true}}));
   engine.commit(*plan);
-  EXPECT_EQ(rows_of(engine.schedule()), (Rows{{&decoding, 4, 1, true}, {&first, 9, 1, true}, {&second, 3, 1, true}}));
+  EXPECT_EQ(rows_of(engine.schedule()), (Rows{{&decoding, 4, 1, true}, {&first, 9, 1, true}, {&second, 4, 1, true}}));
 }
 
 TEST(Scheduler, AdmitsInTheHeapsOrder) {
@@ -152,37 +157,50 @@ TEST(Scheduler, AdmitsAsManyAsThereAreRows) {
   EXPECT_EQ(rows_of(plan), (Rows{{sequences[4], 0, 1, true}, {sequences[5], 0, 1, true}}));
 }
 
-TEST(Scheduler, ReservesTheWorstCaseAndNobodyOvertakesOneThatDoesNotFit) {
+TEST(Scheduler, LeavesABlockToEachThatRunsAndNobodyOvertakesOneThatDoesNotFit) {
   SchedulerConfig config = small();
   config.num_blocks = 16;
   Engine engine(config);
-  Sequence& first = engine.add(2, 30);   // 8 blocks
-  Sequence& large = engine.add(30, 10);  // 10: more than is left
-  Sequence& little = engine.add(1, 1);   // would fit
+  Sequence& first = engine.add(2, 30);  // a block
+  Sequence& large = engine.add(57, 5);  // 15: all that is left
+  Sequence& little = engine.add(1, 1);  // would fit
   Plan* plan = engine.schedule();
   EXPECT_EQ(rows_of(plan), (Rows{{&first, 0, 2, true}}));
-  EXPECT_EQ(engine.pool.in_use() + engine.pool.reserved(), 8U);
+  EXPECT_EQ(engine.pool.in_use(), 1U);
   engine.commit(*plan);
   EXPECT_EQ(engine.step(), 1U);
   engine.scheduler.finish(first, FinishReason::kCancelled);
   EXPECT_EQ(rows_of(engine.schedule()), (Rows{{&large, 0, 8, false}}));
-  EXPECT_EQ(little.state, SequenceState::kWaiting);
-  plan = engine.schedule();
-  EXPECT_EQ(rows_of(plan), (Rows{{&large, 8, 8, false}}));
+  EXPECT_EQ(engine.pool.in_use(), 15U) << "all that its prompt takes";
+  EXPECT_EQ(little.state, SequenceState::kWaiting) << "it would leave nothing to the one that runs";
 }
 
-TEST(Scheduler, TheContextBoundsTheWorstCaseAndTheSequence) {
+TEST(Scheduler, PromptsThatAreReadAtTheSameTimeShareTheBudget) {
+  SchedulerConfig config = small();
+  config.token_budget = 24;
+  config.max_context = 256;
+  Engine engine(config);
+  Sequence& large = engine.add(100, 1);
+  Plan* alone = engine.schedule();
+  ASSERT_EQ(rows_of(alone), (Rows{{&large, 0, 24, false}}));
+  engine.commit(*alone);
+  Sequence& little = engine.add(3, 5);
+  Sequence& middle = engine.add(60, 1);
+  Plan* plan = engine.schedule();
+  // 3, then even parts of the 21 that are left.
+  EXPECT_EQ(rows_of(plan), (Rows{{&little, 0, 3, true}, {&middle, 0, 11, false}, {&large, 24, 10, false}}));
+}
+
+TEST(Scheduler, TheContextBoundsTheSequence) {
   SchedulerConfig config = small();
   config.num_blocks = 16;
   Engine engine(config);
   Sequence& sequence = engine.add(50, 1'000'000);
-  engine.step();
-  EXPECT_EQ(engine.pool.in_use() + engine.pool.reserved(), 16U);
   while (engine.step() != 0) {
   }
   EXPECT_EQ(sequence.finish, FinishReason::kLength);
   EXPECT_EQ(sequence.tokens.size(), 64U);
-  EXPECT_EQ(engine.pool.in_use() + engine.pool.reserved(), 0U);
+  EXPECT_EQ(engine.pool.in_use(), 0U);
 }
 
 // Decoding would take the whole of a small budget before all are in.
@@ -234,12 +252,12 @@ TEST(Scheduler, ATurnIsNotLostWhereAnotherEnds) {
 TEST(Scheduler, APlanInFlightLeavesPlaceholders) {
   Engine engine(small());
   Sequence& one = engine.add(3, 10);
-  Sequence& two = engine.add(2, 10);
+  Sequence& two = engine.add(3, 10);
   Plan* first = engine.schedule();
-  ASSERT_EQ(rows_of(first), (Rows{{&one, 0, 3, true}, {&two, 0, 2, true}}));
+  ASSERT_EQ(rows_of(first), (Rows{{&one, 0, 3, true}, {&two, 0, 3, true}}));
   EXPECT_EQ(first->rows[0].placeholder_of, PlanRow::kNone);
   Plan* second = engine.schedule();
-  ASSERT_EQ(rows_of(second), (Rows{{&one, 3, 1, true}, {&two, 2, 1, true}}));
+  ASSERT_EQ(rows_of(second), (Rows{{&one, 3, 1, true}, {&two, 3, 1, true}}));
   EXPECT_EQ(second->rows[0].placeholder_of, 0U);
   EXPECT_EQ(second->rows[1].placeholder_of, 1U);
   EXPECT_EQ(engine.schedule(), nullptr) << "two plans are the most";
@@ -248,11 +266,11 @@ TEST(Scheduler, APlanInFlightLeavesPlaceholders) {
   EXPECT_EQ(one.tokens.back(), 100);
   EXPECT_EQ(two.tokens.back(), 200);
   Plan* third = engine.schedule();
-  EXPECT_EQ(rows_of(third), (Rows{{&one, 4, 1, true}, {&two, 3, 1, true}}));
+  EXPECT_EQ(rows_of(third), (Rows{{&one, 4, 1, true}, {&two, 4, 1, true}}));
   engine.scheduler.commit(*second, std::vector{101, 201});
   engine.scheduler.commit(*third, std::vector{102, 202});
   EXPECT_EQ(one.tokens, (std::vector{0, 0, 0, 100, 101, 102}));
-  EXPECT_EQ(two.tokens, (std::vector{0, 0, 200, 201, 202}));
+  EXPECT_EQ(two.tokens, (std::vector{0, 0, 0, 200, 201, 202}));
 }
 
 TEST(Scheduler, AChunkInFlightIsFollowedByTheNext) {
@@ -272,7 +290,7 @@ TEST(Scheduler, ASequenceThatEndsIsReleasedOnce) {
   EXPECT_EQ(sequence.finish, FinishReason::kLength);
   EXPECT_EQ(engine.take_released(), (std::vector{&sequence}));
   EXPECT_TRUE(engine.scheduler.running().empty());
-  EXPECT_EQ(engine.pool.in_use() + engine.pool.reserved(), 0U);
+  EXPECT_EQ(engine.pool.in_use(), 0U);
   std::vector<Sequence*> all;  // and each row is given out once
   for (int i = 0; i < 5; ++i) all.push_back(&engine.add(1, 9));
   std::set<std::uint32_t> rows;
@@ -294,7 +312,7 @@ TEST(Scheduler, WhatAPlanInFlightSamplesForAnEndedOneIsDropped) {
   engine.commit(*second, 8);
   EXPECT_EQ(engine.take_released(), (std::vector{&sequence}));
   EXPECT_EQ(sequence.tokens, (std::vector{0, 0, 7}));
-  EXPECT_EQ(engine.pool.in_use() + engine.pool.reserved(), 0U);
+  EXPECT_EQ(engine.pool.in_use(), 0U);
 }
 
 TEST(Scheduler, CancelsInEveryState) {
@@ -306,9 +324,6 @@ TEST(Scheduler, CancelsInEveryState) {
     if (plans >= 0) engine.step();
     Plan* first = plans >= 1 ? engine.schedule() : nullptr;
     Plan* second = plans >= 2 ? engine.schedule() : nullptr;
-    const std::uint32_t before = engine.pool.in_use() + engine.pool.reserved();
-    EXPECT_EQ(before, plans >= 0 ? 32U : 16U);
-
     engine.scheduler.finish(sequence, FinishReason::kCancelled);
     engine.scheduler.finish(sequence, FinishReason::kError, StreamError::kModelFailed);
     EXPECT_EQ(sequence.finish, FinishReason::kCancelled) << "the first reason stays";
@@ -325,7 +340,7 @@ TEST(Scheduler, CancelsInEveryState) {
     EXPECT_EQ(engine.take_released(), (std::vector{&sequence})) << plans;
     EXPECT_EQ(sequence.tokens.size(), tokens);
     EXPECT_TRUE(engine.heap.empty());
-    EXPECT_EQ(engine.pool.in_use() + engine.pool.reserved(), 16U);
+    EXPECT_EQ(engine.pool.in_use(), other.blocks.size());
     EXPECT_EQ(rows_of(engine.schedule()).size(), 1U);
     EXPECT_EQ(other.state, SequenceState::kRunning);
   }
@@ -510,10 +525,10 @@ TEST(Scheduler, BlocksAreMadeFreeToo) {
   SchedulerConfig config = small();
   config.num_blocks = 16;  // of 4: one sequence of 64
   Engine engine(config);
-  Sequence& low = engine.add(4, 20, Priority::kLow);        // 6 blocks
-  Sequence& normal = engine.add(4, 20, Priority::kNormal);  // 6 blocks
+  Sequence& low = engine.add(20, 9, Priority::kLow);        // 5 blocks
+  Sequence& normal = engine.add(20, 9, Priority::kNormal);  // 5 blocks
   engine.step();
-  Sequence& high = engine.add(4, 36, Priority::kHigh);  // 10 blocks: 4 are left
+  Sequence& high = engine.add(36, 9, Priority::kHigh);  // 9 blocks: 6 are left
   engine.step();
   EXPECT_EQ(low.state, SequenceState::kWaiting);
   EXPECT_EQ(normal.state, SequenceState::kRunning);
@@ -524,10 +539,10 @@ TEST(Scheduler, NobodyIsPreemptedInVain) {
   SchedulerConfig config = small();
   config.num_blocks = 16;
   Engine engine(config);
-  Sequence& low = engine.add(4, 4, Priority::kLow);      // 2 blocks
-  Sequence& first = engine.add(4, 36, Priority::kHigh);  // 10 blocks
+  Sequence& low = engine.add(4, 4, Priority::kLow);      // a block
+  Sequence& first = engine.add(40, 9, Priority::kHigh);  // 10 blocks
   engine.step();
-  Sequence& second = engine.add(4, 36, Priority::kHigh);  // 10 blocks: 4 are left, and 2 more would not do
+  Sequence& second = engine.add(26, 9, Priority::kHigh);  // 7 blocks: 5 are left, and another would not do
   engine.step();
   EXPECT_EQ(low.state, SequenceState::kRunning);
   EXPECT_EQ(second.state, SequenceState::kWaiting);
@@ -540,11 +555,11 @@ TEST(Scheduler, NobodyIsPreemptedInVain) {
 TEST(Scheduler, NoMoreArePreemptedThanFit) {
   SchedulerConfig config = small();
   config.num_blocks = 16;
+  config.token_budget = 64;
   Engine engine(config);                                         // 4 rows
-  for (int i = 0; i < 4; ++i) engine.add(1, 7, Priority::kLow);  // 2 blocks each
+  for (int i = 0; i < 4; ++i) engine.add(1, 7, Priority::kLow);  // a block each
   engine.step();
-  for (int i = 0; i < 3; ++i)
-    engine.add(1, 39, Priority::kHigh);  // 10 blocks each: one fits beside the LOW that are left
+  for (int i = 0; i < 3; ++i) engine.add(36, 9, Priority::kHigh);  // 9 each: one fits beside the LOW that are left
   engine.step();
   EXPECT_EQ(engine.scheduler.preemptions(), 1U);
   EXPECT_EQ(engine.scheduler.running().size(), 4U);
@@ -560,8 +575,100 @@ TEST(Scheduler, NoMoreArePreemptedThanTheBudgetServes) {
   EXPECT_EQ(engine.scheduler.running().size(), 4U);
 }
 
+TEST(Scheduler, WhereBlocksRunOutTheNewestOfTheLowestIsPreempted) {
+  SchedulerConfig config = small();
+  config.num_blocks = 16;
+  config.token_budget = 64;
+  Engine engine(config);
+  Sequence& old_low = engine.add(12, 40, Priority::kLow, 1);
+  Sequence& normal = engine.add(12, 40, Priority::kNormal, 2);
+  Sequence& new_low = engine.add(12, 40, Priority::kLow, 3);
+  for (int i = 0; i < 100 && engine.scheduler.preemptions() == 0; ++i) engine.step();
+  EXPECT_EQ(new_low.state, SequenceState::kWaiting);
+  EXPECT_EQ(old_low.state, SequenceState::kRunning);
+  EXPECT_EQ(normal.state, SequenceState::kRunning);
+  EXPECT_LT(engine.pool.available(), 7U) << "as long as there was a block, nobody gave up any";
+  const std::size_t tokens = new_low.tokens.size();
+  while (engine.step() > 0) {
+  }
+  EXPECT_EQ(new_low.finish, FinishReason::kLength);
+  EXPECT_EQ(new_low.generated(), 40U);
+  EXPECT_GT(tokens, 12U) << "it had some, and kept them";
+  EXPECT_EQ(engine.pool.in_use(), 0U);
+}
+
+TEST(Scheduler, OneAloneIsNeverPreempted) {
+  SchedulerConfig config = small();
+  config.num_blocks = 16;  // exactly one context
+  Engine engine(config);
+  Sequence& sequence = engine.add(4, 1000, Priority::kLow);
+  while (engine.step() > 0) {
+  }
+  EXPECT_EQ(sequence.tokens.size(), 64U);
+  EXPECT_EQ(engine.scheduler.preemptions(), 0U);
+}
+
+TEST(Scheduler, APrefixThatTwoHaveIsComputedOnce) {
+  SchedulerConfig config = small();
+  config.cached_blocks = 128;
+  config.token_budget = 12;
+  Engine engine(config);
+  Sequence& one = engine.add(30, 2);
+  Sequence& two = engine.add(30, 2);
+  std::uint32_t positions = 0;
+  std::vector<Rows> plans;
+  while (Plan* plan = engine.schedule()) {
+    plans.push_back(rows_of(plan));
+    positions += plan->tokens;
+    engine.commit(*plan);
+  }
+  EXPECT_EQ(plans.at(0), (Rows{{&one, 0, 12, false}})) << "the other one waits for it";
+  EXPECT_EQ(positions, 30U + 1 + 2 + 1) << "28 positions are whole blocks";
+  EXPECT_EQ(one.cached_tokens, 0U);
+  EXPECT_EQ(two.cached_tokens, 28U);
+  EXPECT_EQ(two.finish, FinishReason::kLength);
+}
+
+TEST(Scheduler, WhatAPreemptedOneHadIsNotComputedAgain) {
+  SchedulerConfig config = small();
+  config.max_sequences = 1;
+  config.cached_blocks = 128;
+  config.token_budget = 64;
+  Engine engine(config);
+  Sequence& low = engine.add(20, 20, Priority::kLow);
+  engine.step();
+  Sequence& high = engine.add(2, 1, Priority::kHigh);
+  engine.step();
+  EXPECT_EQ(high.finish, FinishReason::kLength);
+  EXPECT_EQ(low.state, SequenceState::kWaiting);
+  EXPECT_EQ(rows_of(engine.schedule()), (Rows{{&low, 20, 1, true}}));
+  EXPECT_EQ(low.cached_tokens, 0U) << "that is for what others computed";
+}
+
+TEST(Scheduler, PromptsTakeWhatKeepsAStepWithinItsTime) {
+  SchedulerConfig config = small();
+  config.max_context = 1000;
+  config.num_blocks = 1000;
+  config.token_budget = 100;
+  config.target_step_ns = 30 * kMs;
+  Engine engine(config);
+  engine.add(1, 900);
+  for (int i = 0; i < 40; ++i) {  // 10 ms, and half a millisecond a position
+    Plan* plan = engine.schedule();
+    engine.commit(*plan);
+    engine.scheduler.observe(*plan, 10 * kMs + (plan->tokens - plan->decoding) * kMs / 2);
+    if (i % 4 == 0) engine.add(5 + static_cast<std::uint32_t>(i % 7), 1);
+  }
+  Sequence& large = engine.add(500, 1);
+  while (large.scheduled == 0) engine.step();
+  Plan* plan = engine.schedule();
+  ASSERT_EQ(plan->decoding, 1U);
+  EXPECT_NEAR(plan->tokens - plan->decoding, 40, 2);
+}
+
 // A server's life under a simulated clock: random arrivals, cancels, pauses, failures and accepted tokens, with one or
-// two plans in flight, and what must hold checked after every step against a second book of accounts.
+// two plans in flight, prefixes in common and blocks that run out; and what must hold checked after every step against
+// a second book of accounts, and against what each position of each block holds.
 class Simulation {
  public:
   explicit Simulation(std::uint64_t seed)
@@ -581,7 +688,6 @@ class Simulation {
       step(false);
     }
     EXPECT_EQ(engine_.pool.in_use(), 0U);
-    EXPECT_EQ(engine_.pool.reserved(), 0U);
     EXPECT_TRUE(engine_.heap.empty());
     EXPECT_TRUE(engine_.scheduler.running().empty());
     EXPECT_EQ(released_, added_);
@@ -589,6 +695,7 @@ class Simulation {
 
   std::uint64_t positions() const { return positions_; }
   std::uint64_t preemptions() const { return preemptions_; }
+  std::uint64_t cached() const { return cached_; }
 
  private:
   static constexpr std::size_t kQueue = 40;
@@ -609,6 +716,8 @@ class Simulation {
     config.max_context = static_cast<std::uint32_t>(2 + below(80));
     const std::uint32_t one = (config.max_context + config.block_size - 1) / config.block_size;
     config.num_blocks = static_cast<std::uint32_t>(one + below(one * config.max_sequences));
+    if (!one_in(4)) config.cached_blocks = static_cast<std::uint32_t>(1 + below(config.num_blocks));
+    config.target_step_ns = one_in(2) ? 0 : static_cast<std::int64_t>(below(20)) * kMs;
     speculative_ = one_in(3);
     arrivals_every_ = 1 + below(12);
     return config;
@@ -632,6 +741,7 @@ class Simulation {
     const auto prompt_tokens = static_cast<std::uint32_t>(1 + below(engine_.config.max_context - 1));
     const auto max_tokens = static_cast<std::int32_t>(one_in(10) ? 1'000'000 : 1 + below(30));
     Sequence& sequence = engine_.add(prompt_tokens, max_tokens, static_cast<Priority>(below(3)), clock_.now_ns());
+    sequence.extra_key = below(3);  // all else is the same for all
     for (std::uint32_t i = 0; i < prompt_tokens; ++i) sequence.tokens[i] = token_at(i);
     live_.insert(&sequence);
     ++added_;
@@ -648,9 +758,14 @@ class Simulation {
     std::vector<Sequence*> waiting;
     engine_.heap.for_each([&](Sequence* sequence) { waiting.push_back(sequence); });
     const std::vector<Sequence*> running = engine_.scheduler.running();
+    std::set<const Sequence*> busy;
+    for (Sequence* sequence : running) {
+      if (sequence->in_flight > 0) busy.insert(sequence);
+      sequence->was_preempted = false;
+    }
     const std::uint64_t preemptions = engine_.scheduler.preemptions();
     Plan* plan = engine_.scheduler.schedule(clock_.now_ns());
-    account_for_preempted(running, engine_.scheduler.preemptions() - preemptions, waiting);
+    account_for_preempted(running, engine_.scheduler.preemptions() - preemptions, busy);
     // An aged one that still waits was overtaken by nobody who came after it.
     for (const Sequence* admitted : waiting) {
       if (admitted->state != SequenceState::kRunning) continue;
@@ -679,8 +794,13 @@ class Simulation {
       ASSERT_EQ(sequence.state, SequenceState::kRunning);
       ASSERT_FALSE(sequence.paused);
       ASSERT_GT(row.count, 0U);
-      ASSERT_EQ(row.start, book.computed) << "a position is left out, or computed twice";
-      book.computed += row.count;
+      ASSERT_GE(row.start, book.computed) << "a position is computed twice";
+      if (row.start > book.computed) {
+        ASSERT_EQ(row.start % engine_.config.block_size, 0U) << "a position is left out";
+        cached_ += row.start - book.computed;
+      }
+      for (std::uint32_t i = 0; i < row.start; ++i) ASSERT_EQ(cell(sequence, i), content(sequence, i)) << "at " << i;
+      book.computed = row.start + row.count;
       ++book.in_flight;
       const auto known = static_cast<std::uint32_t>(sequence.tokens.size());
       ASSERT_LE(book.computed, known + 1) << "a position without a token, known or being sampled";
@@ -697,6 +817,11 @@ class Simulation {
       tokens += row.count;
       samples += row.sample ? 1 : 0;
     }
+    for (const PlanRow& row : plan->rows) {
+      for (std::uint32_t i = 0; i < row.count; ++i) {
+        cell(*row.sequence, row.start + i) = content(*row.sequence, row.start + i);
+      }
+    }
     ASSERT_EQ(plan->tokens, tokens);
     ASSERT_EQ(plan->samples, samples);
     ASSERT_GT(tokens, 0U);
@@ -705,21 +830,36 @@ class Simulation {
     positions_ += tokens;
   }
 
+  // What a position holds once it is computed: it depends on all that comes before.
+  static std::uint64_t content(const Sequence& sequence, std::uint32_t position) {
+    return (sequence.extra_key + 1) << 32 | position;
+  }
+  std::uint64_t& cell(const Sequence& sequence, std::uint32_t position) {
+    const std::uint32_t size = engine_.config.block_size;
+    return cells_[static_cast<std::uint64_t>(sequence.blocks.at(position / size)) * size + position % size];
+  }
+
+  // `busy`: those that a plan in flight named.
   void account_for_preempted(const std::vector<Sequence*>& ran, std::uint64_t count,
-                             const std::vector<Sequence*>& waited) {
+                             const std::set<const Sequence*>& busy) {
     std::uint64_t seen = 0;
+    const auto rank = [&](const Sequence* sequence) {
+      const bool aged = clock_.now_ns() - sequence->arrival_ns >= ageing_ns_;
+      return std::tuple(aged, aged ? Priority::kLow : sequence->priority, -sequence->arrival_ns);
+    };
     for (Sequence* sequence : ran) {
       Book& book = books_[sequence];
-      if (sequence->state != SequenceState::kWaiting && sequence->scheduled >= book.computed) continue;
+      if (!sequence->was_preempted) continue;
       ++seen;
       book.computed = 0;
       ASSERT_EQ(book.in_flight, 0U) << "preempted while a plan names it";
-      ASSERT_LT(clock_.now_ns() - sequence->arrival_ns, ageing_ns_) << "an aged sequence was preempted";
-      ASSERT_TRUE(std::ranges::any_of(waited, [&](const Sequence* other) {
-        return other->priority > sequence->priority;
-      })) << "preempted for nobody";
+      if (sequence->state != SequenceState::kWaiting) continue;  // it is back already
+      for (const Sequence* other : ran) {
+        if (other->state != SequenceState::kRunning || busy.contains(other)) continue;
+        ASSERT_GE(rank(other), rank(sequence)) << "another one should have been preempted";
+      }
     }
-    ASSERT_LE(seen, count);  // one that had computed nothing may be back already
+    ASSERT_LE(seen, count);
     preemptions_ += count;
   }
 
@@ -728,6 +868,8 @@ class Simulation {
   void commit() {
     Plan& plan = *in_flight_.front();
     in_flight_.erase(in_flight_.begin());
+    if (in_flight_.empty() && one_in(50)) return fail(plan);
+    engine_.scheduler.observe(plan, static_cast<std::int64_t>(2 + below(3) + plan.tokens / 8) * kMs);
     std::vector<std::int32_t> sampled;
     std::vector<std::uint32_t> counts;
     std::map<Sequence*, FinishReason> expected;
@@ -761,6 +903,20 @@ class Simulation {
     for (const auto& [sequence, reason] : expected) ASSERT_EQ(sequence->finish, reason);
   }
 
+  // The model failed: what it was to compute is anything.
+  void fail(Plan& plan) {
+    engine_.scheduler.retract(plan);
+    for (const Sequence* sequence : live_) {  // those that shared it go back
+      books_[sequence].computed = std::min(books_[sequence].computed, sequence->scheduled);
+    }
+    for (const PlanRow& row : plan.rows) {
+      for (std::uint32_t i = 0; i < row.count; ++i) cell(*row.sequence, row.start + i) = 0;
+      engine_.scheduler.finish(*row.sequence, FinishReason::kError, StreamError::kModelFailed);
+      --books_[row.sequence].in_flight;
+    }
+    engine_.scheduler.commit(plan, std::vector<std::int32_t>(plan.samples, 0));
+  }
+
   void collect() {
     for (Sequence* sequence : engine_.take_released()) {
       ASSERT_EQ(live_.erase(sequence), 1U) << "released twice";
@@ -780,7 +936,7 @@ class Simulation {
     const SchedulerConfig& config = engine_.config;
     std::set<std::int32_t> blocks;
     std::set<std::uint32_t> rows;
-    std::uint32_t in_use = 0, reserved = 0, waiting = 0;
+    std::uint32_t waiting = 0;
     for (const Sequence* sequence : live_) {
       ASSERT_EQ(sequence->in_flight, books_[sequence].in_flight);
       if (sequence->state == SequenceState::kWaiting) {
@@ -790,18 +946,14 @@ class Simulation {
       }
       ASSERT_TRUE(rows.insert(sequence->row).second) << "two sequences in a row of the block table";
       ASSERT_LT(sequence->row, config.max_sequences);
-      for (const std::int32_t block : sequence->blocks) ASSERT_TRUE(blocks.insert(block).second) << "a block of two";
-      in_use += static_cast<std::uint32_t>(sequence->blocks.size());
-      reserved += sequence->reserved_blocks;
+      for (std::size_t i = 0; i < sequence->blocks.size(); ++i) {
+        const bool is_new = blocks.insert(sequence->blocks[i]).second;
+        ASSERT_TRUE(is_new || i < sequence->published_blocks) << "a block of two that is no prefix";
+      }
       ASSERT_GE(sequence->blocks.size() * config.block_size, books_[sequence].computed);
-      const std::uint64_t positions = std::min<std::uint64_t>(
-          sequence->prompt_tokens + static_cast<std::uint64_t>(sequence->sampling.max_tokens), config.max_context);
-      ASSERT_EQ(sequence->blocks.size() + sequence->reserved_blocks,
-                (positions + config.block_size - 1) / config.block_size);
     }
-    ASSERT_EQ(engine_.pool.in_use(), in_use);
-    ASSERT_EQ(engine_.pool.reserved(), reserved);
-    ASSERT_LE(in_use + reserved, config.num_blocks);
+    ASSERT_EQ(engine_.pool.in_use(), blocks.size());
+    ASSERT_LE(engine_.pool.idle(), config.cached_blocks);
     ASSERT_EQ(engine_.heap.size(), waiting);
     ASSERT_LE(engine_.scheduler.running().size(), config.max_sequences);
   }
@@ -816,11 +968,16 @@ class Simulation {
   std::int64_t ageing_ns_;
   Engine engine_;
   std::vector<Plan*> in_flight_;
-  std::set<Sequence*> live_;
+  struct ByArrival {  // and not by address: a seed is to give the same life again
+    bool operator()(const Sequence* a, const Sequence* b) const { return a->stream_id < b->stream_id; }
+  };
+  std::set<Sequence*, ByArrival> live_;
   std::map<const Sequence*, Book> books_;
   std::size_t added_ = 0, released_ = 0;
   std::uint64_t positions_ = 0;
   std::uint64_t preemptions_ = 0;
+  std::uint64_t cached_ = 0;
+  std::map<std::uint64_t, std::uint64_t> cells_;  // of the KV cache
 };
 
 TEST(Scheduler, HoldsItsPromisesUnderRandomLoads) {
@@ -829,7 +986,7 @@ TEST(Scheduler, HoldsItsPromisesUnderRandomLoads) {
   const char* const given = std::getenv("RTS_SEED");
   const std::uint64_t first_seed = given != nullptr ? std::strtoull(given, nullptr, 10) : std::random_device{}();
   constexpr int kStepsOfALife = 400;
-  std::uint64_t positions = 0, preemptions = 0;
+  std::uint64_t positions = 0, preemptions = 0, cached = 0;
   for (int life = 0; life < steps / kStepsOfALife; ++life) {
     const std::uint64_t seed = first_seed + static_cast<std::uint64_t>(life);
     SCOPED_TRACE("RTS_SEED=" + std::to_string(seed));
@@ -838,9 +995,11 @@ TEST(Scheduler, HoldsItsPromisesUnderRandomLoads) {
     if (HasFailure()) return;
     positions += simulation.positions();
     preemptions += simulation.preemptions();
+    cached += simulation.cached();
   }
   EXPECT_GT(positions, static_cast<std::uint64_t>(steps));
   EXPECT_GT(preemptions, static_cast<std::uint64_t>(steps) / 1000);
+  EXPECT_GT(cached, static_cast<std::uint64_t>(steps));
 }
 
 }  // namespace

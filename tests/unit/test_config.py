@@ -35,6 +35,7 @@ SERVER_DEFAULTS = {
     "ageing_ms": 5000,
     "stream_buffer_tokens": 100,
     "max_step_tokens": 512,
+    "target_step_ms": 0.0,
     "isolation": "process",
     "max_body_bytes": 4 * 1024 * 1024,
     "slow_reader_timeout": 30.0,
@@ -66,6 +67,7 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
         "ageing_ms": (1, 2**31 - 1),
         "stream_buffer_tokens": (1, 65_536),
         "max_step_tokens": (1, 1 << 20),
+        "target_step_ms": (0, 60_000),
         "max_body_bytes": (1024, 1 << 30),
         "slow_reader_timeout": (0.001, 86_400),
     },
@@ -73,7 +75,7 @@ BOUNDS: dict[type, dict[str, tuple[float, float]]] = {
     BatchConfig: {"max_batch_size": (1, 2**31 - 1), "max_wait_ms": (0, 2**31 - 1), "min_batch_size": (1, 2**31 - 1)},
 }
 BOUNDED = [(kind, name, *bounds) for kind, table in BOUNDS.items() for name, bounds in table.items()]
-FLOATS = ("request_timeout", "graceful_shutdown_timeout", "slow_reader_timeout")
+FLOATS = ("request_timeout", "graceful_shutdown_timeout", "slow_reader_timeout", "target_step_ms")
 
 NOT_NUMBERS: tuple[object, ...] = ("1", None, True, False, [1], math.nan, math.inf, -math.inf)
 NOT_TEXT: tuple[object, ...] = (None, 1, b"text", ["text"], "\ud800")
@@ -305,6 +307,7 @@ def test_a_file_has_every_field(toml: Callable[[str], Path]) -> None:
         ageing_ms = 6
         stream_buffer_tokens = 7
         max_step_tokens = 8
+        target_step_ms = 12.5
         isolation = "thread"
         max_body_bytes = 2048
         slow_reader_timeout = 1.5
@@ -326,7 +329,7 @@ def test_a_file_has_every_field(toml: Callable[[str], Path]) -> None:
     server, model = load(file)
     assert server == ServerConfig(
         "::1", 0, 1, 1, 2, 3, False, "DEBUG", 4, 0.5, 5, 6, 7, 8, "thread", 2048, 1.5,
-        {"vip": "HIGH", "batch jobs, nightly": "LOW"},
+        {"vip": "HIGH", "batch jobs, nightly": "LOW"}, 12.5,
     )  # fmt: skip
     assert model == ModelConfig(
         "n", "2", "m.gguf", "cpu", "bfloat16", "int4", 9, 0, {"step_ms": 5, "deep": {"list": [1, 2]}}

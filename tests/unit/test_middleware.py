@@ -307,6 +307,7 @@ async def test_what_prometheus_reads() -> None:
     values = samples(collector)
     assert values['rts_requests_total{model="m",outcome="length"}'] == 1
     assert values['rts_prompt_tokens_total{model="m"}'] == 3
+    assert values['rts_cached_prompt_tokens_total{model="m"}'] == 1
     assert values['rts_generated_tokens_total{model="m"}'] == 5
     assert values['rts_queue_seconds_sum{model="m"}'] == pytest.approx(0.0015)
     assert values['rts_first_token_seconds_sum{model="m"}'] == pytest.approx(0.004)

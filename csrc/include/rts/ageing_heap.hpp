@@ -35,21 +35,28 @@ class AgeingHeap {
   // Names an entry while it is in the heap, and nothing after, until its place was taken 2^32 times more. Never 0.
   using Handle = std::uint64_t;
 
-  // Throws std::invalid_argument for a capacity of 2^32 - 1 or more, or a negative ageing.
-  AgeingHeap(std::size_t capacity, std::int64_t ageing_ns) : ageing_ns_(ageing_ns) {
-    if (capacity >= kNone) throw std::invalid_argument("an AgeingHeap's capacity must fit 32 bits");
+  // Beyond the capacity there is room for `returns` that come back. Throws std::invalid_argument where both are 2^32 -
+  // 1 or more together, and for a negative ageing.
+  AgeingHeap(std::size_t capacity, std::int64_t ageing_ns, std::size_t returns = 0)
+      : capacity_(capacity), ageing_ns_(ageing_ns) {
+    if (capacity + returns >= kNone) throw std::invalid_argument("an AgeingHeap's capacity must fit 32 bits");
     if (ageing_ns < 0) throw std::invalid_argument("ageing_ns must not be negative");
-    nodes_ = std::vector<Node>(capacity);
-    heap_.reserve(capacity);
-    free_.reserve(capacity);
-    for (auto index = static_cast<Index>(capacity); index-- > 0;) free_.push_back(index);
+    nodes_ = std::vector<Node>(capacity + returns);
+    heap_.reserve(capacity + returns);
+    free_.reserve(capacity + returns);
+    for (auto index = static_cast<Index>(capacity + returns); index-- > 0;) free_.push_back(index);
   }
   AgeingHeap(const AgeingHeap&) = delete;
   AgeingHeap& operator=(const AgeingHeap&) = delete;
 
   // False: full.
   bool push(const Ticket& ticket, T value, Handle* handle = nullptr) {
-    if (full()) return false;
+    return !full() && put_back(ticket, std::move(value), handle);
+  }
+  // One that was popped comes back, to the place that its ticket gives it. False: more have come back than there is
+  // room for.
+  bool put_back(const Ticket& ticket, T value, Handle* handle = nullptr) {
+    if (free_.empty()) return false;
     const Index index = free_.back();
     Node& node = nodes_[index];
     node.value.emplace(std::move(value));
@@ -98,7 +105,7 @@ class AgeingHeap {
   bool is_aged(std::int64_t arrival_ns, std::int64_t now_ns) const { return arrival_ns <= now_ns - ageing_ns_; }
 
   bool empty() const { return heap_.empty(); }
-  bool full() const { return free_.empty(); }
+  bool full() const { return heap_.size() >= capacity_; }
   std::size_t size() const { return heap_.size(); }
   std::size_t size(Priority priority) const { return sizes_[level(priority)]; }
 
@@ -189,6 +196,7 @@ class AgeingHeap {
     put(place, index);
   }
 
+  std::size_t capacity_;
   std::int64_t ageing_ns_;
   std::vector<Node> nodes_;
   std::vector<Index> free_;

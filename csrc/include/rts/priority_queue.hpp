@@ -97,7 +97,8 @@ class PriorityQueue {
   using Lanes = LaneSet<Atomics>;
   using Handle = typename AgeingHeap<T>::Handle;
 
-  PriorityQueue(std::size_t capacity, std::int64_t ageing_ns) : heap_(capacity, ageing_ns) {}
+  PriorityQueue(std::size_t capacity, std::int64_t ageing_ns, std::size_t returns = 0)
+      : heap_(capacity, ageing_ns, returns) {}
 
   // `lanes` stays where it is until it is detached.
   void attach(Lanes& lanes) { attached_.push_back(&lanes); }

@@ -8,6 +8,9 @@
 #include "rts/ageing_heap.hpp"
 #include "rts/block_pool.hpp"
 #include "rts/sequence.hpp"
+#include "rts/sequence_memory.hpp"
+#include "rts/siphash.hpp"
+#include "rts/step_cost.hpp"
 
 namespace rts {
 
@@ -17,6 +20,11 @@ struct SchedulerConfig {
   std::uint32_t block_size = 16;     // positions in a KV block
   std::uint32_t num_blocks = 0;
   std::uint32_t max_context = 2048;  // positions of a sequence
+  // Idle blocks that are kept for their prefixes; 0: none is looked for.
+  std::uint32_t cached_blocks = 0;
+  // What a step may take where sequences decode and prompts are read; 0: kPromptSlowdown times as long as without them.
+  std::int64_t target_step_ns = 0;
+  SipKey prefix_key{};  // from a secure source: who knows it can make prefixes that collide
 };
 
 // A sequence's part of a step: `count` positions from `start` on.
@@ -33,18 +41,23 @@ struct PlanRow {
 
 struct Plan {
   std::vector<PlanRow> rows;
-  std::uint32_t tokens = 0;   // positions of all rows
-  std::uint32_t samples = 0;  // rows that sample
+  std::uint32_t tokens = 0;    // positions of all rows
+  std::uint32_t samples = 0;   // rows that sample
+  std::uint32_t decoding = 0;  // rows of sequences that decode; the others' positions are prompts'
   bool in_use = false;
 };
 
-// Iteration-level scheduling: every step takes one position of each running sequence, then chunks of the prompts that
-// are being read, then admits from the heap what there is a row and blocks for, all within the token budget.
+// Iteration-level scheduling: every step takes one position of each decoding sequence, then chunks of prompts, of those
+// that are being read and of those that it admits from the heap, all within the token budget. Where sequences decode,
+// the prompts' part of it follows what steps are measured to take, so that they slow running streams down by no more
+// than a factor; prompts that are read at the same time share it evenly.
 //
-// Where one of a higher priority waits and there is no room for it, the newest sequence of the lowest priority below is
-// preempted: it gives up its row and blocks, keeps its tokens and its age in the heap, and is computed anew when it is
-// admitted again. One that has aged is not, so nobody is preempted for ever; nor is one that a plan in flight names, so
-// that with a plan always in flight only those are that it leaves out.
+// A sequence is admitted where there is a row and blocks for the tokens that it has, and a block more for each that
+// runs. As they grow the blocks may run out: then the newest of the lowest priority is preempted. So is one, of a lower
+// priority, where there is no room for a higher that waits. It gives up its row and blocks, keeps its tokens and its
+// age in the heap, and is computed anew when it is admitted again, but for the prefix that is still there. One that has
+// aged goes before all that have not, and among them the oldest stays: so nobody is preempted for ever. Nor is one that
+// a plan in flight names; where all are, those without a block are left out of a step.
 //
 // schedule() and commit() are apart, and one plan may be in flight when the next is made: its tokens are then
 // placeholders. A sequence may be finished at any point; its row and blocks are freed once, when no plan names it any
@@ -64,6 +77,14 @@ class Scheduler {
   // dropped.
   void commit(Plan& plan, std::span<const std::int32_t> sampled, std::span<const std::uint32_t> counts);
 
+  // What the step of a committed plan took.
+  void observe(const Plan& plan, std::int64_t step_ns) {
+    cost_.observe(plan.decoding, plan.tokens - plan.decoding, step_ns);
+  }
+  // The model failed in this plan, the only one in flight, which is still to be committed: what it was to compute is
+  // not there.
+  void retract(const Plan& plan);
+
   // Ends a sequence, in whatever state it is. The first reason stays.
   void finish(Sequence& sequence, FinishReason reason, StreamError error = StreamError::kNone);
 
@@ -75,12 +96,24 @@ class Scheduler {
 
  private:
   static constexpr std::uint32_t kPlansInFlight = 2;
+  static constexpr double kPromptSlowdown = 1.8;
+  // Prompts that are read at the same time get at least this part of the budget each, or what they have left.
+  static constexpr std::uint32_t kPromptsAtOnce = 4;
+
+  struct Prompt {
+    Sequence* sequence;
+    std::uint32_t left;  // positions that could be computed now
+  };
 
   std::uint32_t runnable(const Sequence& sequence) const;
-  std::uint32_t most_blocks(const Sequence& sequence) const;
   void make_room(std::int64_t now_ns);
+  void make_blocks(std::int64_t now_ns);
   bool is_outranked(const Sequence& sequence, Priority priority, std::int64_t now_ns) const;
+  Sequence* first_to_preempt(std::int64_t now_ns) const;
   void preempt(Sequence& sequence);
+  void add_decoding(Plan& plan);
+  void add_prompts(Plan& plan, std::int64_t now_ns);
+  std::uint32_t prompt_budget(const Plan& plan) const;
   bool admit(Sequence& sequence, std::int64_t now_ns);
   void add_row(Plan& plan, Sequence& sequence, std::uint32_t count);
   void accept(Sequence& sequence, std::span<const std::int32_t> tokens);
@@ -91,7 +124,10 @@ class Scheduler {
 
   SchedulerConfig config_;
   BlockPool& blocks_;
+  SequenceMemory memory_;
   AgeingHeap<Sequence*>& waiting_;
+  StepCost cost_;
+  std::vector<Prompt> prompts_;  // of the step that is being planned
   std::array<Plan, kPlansInFlight> plans_;
   std::vector<Sequence*> running_;  // in the order of their admission
   std::vector<std::uint32_t> free_rows_;

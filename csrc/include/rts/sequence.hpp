@@ -5,6 +5,7 @@
 
 #include "rts/detokenizer.hpp"
 #include "rts/request.hpp"
+#include "rts/siphash.hpp"
 #include "rts/stop_matcher.hpp"
 
 namespace rts {
@@ -44,14 +45,20 @@ struct Sequence {
   // Of those that plans in flight still sample: the next so many are dropped, for the sequence has another past by now.
   std::uint32_t void_samples = 0;
   std::uint32_t in_flight = 0;  // plans that name it and are not committed
-  std::uint32_t reserved_blocks = 0;
   std::vector<std::int32_t> blocks;
+  // Chained hashes of its full blocks, each over all tokens up to its end; those of the first `shareable_blocks` are
+  // looked up when it is admitted, those of the first `published_blocks` can be found by others.
+  std::vector<Hash128> hashes;
+  std::uint32_t shareable_blocks = 0;
+  std::uint32_t published_blocks = 0;
+  std::uint32_t cached_tokens = 0;  // of the prompt, that others had computed when it was first admitted
+  bool was_preempted = false;
   std::uint64_t waiting_handle = 0;  // in the heap, while waiting
   std::int64_t admitted_ns = 0;
   std::uint32_t sampled_by = 0;  // row of the plan in flight that samples its last pending token
 
   // batch assembler
-  std::uint32_t assembled_blocks = 0;  // that are written in its row of the block table
+  std::uint32_t assembled_blocks = 0;  // that are written in its row of the block table; 0 when it is admitted
 
   // publisher
   Detokenizer detokenizer;

@@ -22,6 +22,8 @@ from realtime_serve.runners.torch_lm.llama import build_llama
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 _BLOCK_SIZE = 16
 _DEFAULT_KV_CACHE_MB = 1024
+# On a CPU the cache's memory is taken as it is used, and idle blocks would keep it.
+_DEFAULT_PREFIX_CACHE_MB = 64
 # Of what a GPU has free once the weights are on it; the rest is for a step's activations.
 _KV_CACHE_SHARE = 0.8
 
@@ -51,6 +53,7 @@ class TorchLM:
         max_context: int,
         max_batch_size: int,
         kv_cache_mb: int | None,
+        prefix_cache_mb: int | None = None,
     ) -> None:
         config = model.config
         self.vocabulary_tokens = _vocabulary(tokenizer, config.vocab_size)
@@ -63,6 +66,7 @@ class TorchLM:
         self.num_blocks = _count_blocks(
             config, self._dtype, self._device, self.max_context, max_batch_size, kv_cache_mb
         )
+        self.cached_blocks = _count_cached_blocks(config, self._dtype, self._device, self.num_blocks, prefix_cache_mb)
         self._cache = KvCache(
             config, num_blocks=self.num_blocks, block_size=_BLOCK_SIZE, dtype=self._dtype, device=self._device
         )
@@ -78,6 +82,7 @@ class TorchLM:
         max_context: int,
         max_batch_size: int,
         kv_cache_mb: int | None = None,
+        prefix_cache_mb: int | None = None,
     ) -> TorchLM:
         """Loads a GGUF file, or a Hugging Face folder of safetensors.
 
@@ -87,7 +92,14 @@ class TorchLM:
             raise ModelLoadError(f"dtype {dtype!r} is not supported; supported: {', '.join(map(repr, _DTYPES))}")
         checkpoint: Checkpoint = FolderCheckpoint(path) if path.is_dir() else GgufCheckpoint(path)
         model = build_llama(checkpoint, dtype=_DTYPES[dtype], device=open_device(device))
-        return cls(model, tokenizer, max_context=max_context, max_batch_size=max_batch_size, kv_cache_mb=kv_cache_mb)
+        return cls(
+            model,
+            tokenizer,
+            max_context=max_context,
+            max_batch_size=max_batch_size,
+            kv_cache_mb=kv_cache_mb,
+            prefix_cache_mb=prefix_cache_mb,
+        )
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> None:
@@ -145,3 +157,13 @@ def _count_blocks(
             f" that takes kv_cache_mb={-(-per_sequence * bytes_each >> 20)}"
         )
     return min(budget // bytes_each, per_sequence * max_batch_size)
+
+
+def _count_cached_blocks(
+    config: LlamaConfig, dtype: torch.dtype, device: torch.device, num_blocks: int, prefix_cache_mb: int | None
+) -> int:
+    """Idle blocks that are kept for their prefixes: on a GPU all, whose memory is taken anyway."""
+    if prefix_cache_mb is None and device.type != "cpu":
+        return num_blocks
+    megabytes = _DEFAULT_PREFIX_CACHE_MB if prefix_cache_mb is None else prefix_cache_mb
+    return min(num_blocks, (megabytes << 20) // block_bytes(config, _BLOCK_SIZE, dtype))

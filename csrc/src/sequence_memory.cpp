@@ -1,0 +1,155 @@
+#include "rts/sequence_memory.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+namespace rts {
+
+SequenceMemory::SequenceMemory(BlockPool& pool, std::uint32_t block_size, const SipKey& key)
+    : pool_(pool),
+      block_size_(block_size),
+      key_(key),
+      states_(pool.size()),
+      hashed_(sizeof(Hash128) + block_size * sizeof(std::int32_t)) {
+  found_.reserve(pool.size());
+}
+
+// Of what comes before the first block, its extra key; then of the hash before it and its tokens.
+void SequenceMemory::extend_hashes(Sequence& sequence, std::uint32_t blocks) {
+  while (sequence.hashes.size() < blocks) {
+    const std::size_t at = sequence.hashes.size();
+    const Hash128 before =
+        at > 0 ? sequence.hashes[at - 1] : siphash128(key_, std::as_bytes(std::span(&sequence.extra_key, 1)));
+    std::memcpy(hashed_.data(), &before, sizeof before);
+    std::memcpy(hashed_.data() + sizeof before, sequence.tokens.data() + at * block_size_,
+                block_size_ * sizeof(std::int32_t));
+    sequence.hashes.push_back(siphash128(key_, hashed_));
+  }
+}
+
+// The leading blocks that are there already, into found_; how many of them are idle.
+std::uint32_t SequenceMemory::find_shared(Sequence& sequence) {
+  found_.clear();
+  sequence.shareable_blocks = 0;
+  if (!pool_.keeps_prefixes()) return 0;
+  sequence.shareable_blocks = (static_cast<std::uint32_t>(sequence.tokens.size()) - 1) / block_size_;
+  extend_hashes(sequence, sequence.shareable_blocks);
+  std::uint32_t idle = 0;
+  for (std::uint32_t i = 0; i < sequence.shareable_blocks; ++i) {
+    const std::int32_t block = pool_.find(sequence.hashes[i]);
+    if (block == PrefixCache::kNone) break;
+    found_.push_back(block);
+    idle += pool_.is_idle(block) ? 1 : 0;
+  }
+  return idle;
+}
+
+std::uint32_t SequenceMemory::needed(Sequence& sequence) {
+  const std::uint32_t idle = find_shared(sequence);
+  return blocks_for(sequence.tokens.size()) - static_cast<std::uint32_t>(found_.size()) + idle;
+}
+
+bool SequenceMemory::acquire(Sequence& sequence, std::uint32_t headroom) {
+  if (std::uint64_t{needed(sequence)} + headroom > pool_.available()) return false;
+  const std::uint32_t blocks = blocks_for(sequence.tokens.size());
+  for (const std::int32_t block : found_) {
+    pool_.share(block);
+    sequence.blocks.push_back(block);
+  }
+  for (std::uint32_t i = static_cast<std::uint32_t>(found_.size()); i < blocks; ++i) {
+    const std::int32_t block = pool_.allocate();
+    state(block) = {};
+    sequence.blocks.push_back(block);
+    if (i < sequence.shareable_blocks) pool_.publish(block, sequence.hashes[i]);
+  }
+  sequence.published_blocks = sequence.shareable_blocks;
+  sequence.scheduled = 0;
+  return true;
+}
+
+std::uint32_t SequenceMemory::held_alone(const Sequence& sequence) const {
+  return static_cast<std::uint32_t>(
+      std::ranges::count_if(sequence.blocks, [this](std::int32_t block) { return pool_.has_one_user(block); }));
+}
+
+std::uint32_t SequenceMemory::reach(const Sequence& sequence) const {
+  const std::uint64_t blocks = sequence.blocks.size() + std::uint64_t{pool_.available()};
+  return static_cast<std::uint32_t>(blocks * block_size_ - sequence.scheduled);
+}
+
+std::uint32_t SequenceMemory::growth(const Sequence& sequence, std::uint32_t positions) const {
+  const auto held = static_cast<std::uint32_t>(sequence.blocks.size());
+  return positions <= held * block_size_ ? 0 : blocks_for(positions) - held;
+}
+
+bool SequenceMemory::pass_over_computed(Sequence& sequence) {
+  while (sequence.scheduled % block_size_ == 0 && sequence.scheduled / block_size_ < sequence.shareable_blocks) {
+    Block& next = state(sequence.blocks[sequence.scheduled / block_size_]);
+    if (!next.filled) {
+      // Whoever is paused may be so for long: then this one computes it. Both write the same.
+      if (next.filler == nullptr || next.filler->paused) next.filler = &sequence;
+      return next.filler == &sequence;
+    }
+    sequence.scheduled += block_size_;
+    if (!sequence.was_preempted) sequence.cached_tokens += block_size_;
+  }
+  return true;
+}
+
+void SequenceMemory::advanced(Sequence& sequence) {
+  while (sequence.blocks.size() * block_size_ < sequence.scheduled) {
+    const std::int32_t block = pool_.allocate();
+    state(block) = {};
+    sequence.blocks.push_back(block);
+  }
+  for (std::uint32_t i = sequence.scheduled / block_size_; i-- > 0;) {
+    Block& filled = state(sequence.blocks[i]);
+    if (filled.filled) break;
+    filled = {.filler = nullptr, .filled = true};
+  }
+  if (sequence.scheduled % block_size_ == 0) return;
+  Block& begun = state(sequence.blocks[sequence.scheduled / block_size_]);
+  if (begun.filler == nullptr && !begun.filled) begun.filler = &sequence;
+}
+
+void SequenceMemory::computed(Sequence& sequence, std::uint32_t positions) {
+  if (!pool_.keeps_prefixes()) return;
+  const std::uint32_t known = std::min(positions, static_cast<std::uint32_t>(sequence.tokens.size())) / block_size_;
+  if (sequence.published_blocks >= known) return;
+  extend_hashes(sequence, known);
+  for (; sequence.published_blocks < known; ++sequence.published_blocks) {
+    pool_.publish(sequence.blocks[sequence.published_blocks], sequence.hashes[sequence.published_blocks]);
+  }
+}
+
+void SequenceMemory::retract(Sequence& sequence, std::uint32_t start) {
+  for (std::uint32_t i = start / block_size_; i < sequence.blocks.size(); ++i) {
+    state(sequence.blocks[i]) = {};
+    pool_.retract(sequence.blocks[i]);
+  }
+}
+
+void SequenceMemory::rewind(Sequence& sequence) {
+  const std::uint32_t complete = sequence.scheduled / block_size_;
+  for (std::uint32_t i = 0; i * block_size_ < sequence.scheduled; ++i) {
+    const Block& block = state(sequence.blocks[i]);
+    // One that it has begun is its own, or another took it over while it was paused.
+    const bool has_begun = i == complete && (i >= sequence.shareable_blocks || block.filler == &sequence);
+    if (block.filled || has_begun) continue;
+    sequence.scheduled = i * block_size_;
+    sequence.cached_tokens = std::min(sequence.cached_tokens, sequence.scheduled);
+    return;
+  }
+}
+
+void SequenceMemory::release(Sequence& sequence) {
+  for (const std::int32_t block : sequence.blocks) {
+    Block& left = state(block);
+    if (left.filler == &sequence) left.filler = nullptr;
+    if (!left.filled && pool_.has_one_user(block)) pool_.retract(block);
+  }
+  pool_.free(sequence.blocks);
+  sequence.blocks.clear();
+}
+
+}  // namespace rts
