@@ -253,8 +253,7 @@ const GgufTensor* GgufFile::find_tensor(std::string_view name) const noexcept {
 void GgufFile::dequantize(const GgufTensor& tensor, std::span<float> out) const {
   if (tensor.type->dequantize == nullptr) {
     throw std::runtime_error(path_ + ": tensor " + quoted(tensor.name) + ": its type " +
-                             std::string(tensor.type->name) +
-                             " cannot be decoded; supported are F32, F16, BF16, Q4_0, Q4_1 and Q8_0");
+                             std::string(tensor.type->name) + " cannot be decoded; supported: " + decoded_gguf_types());
   }
   if (out.size() != tensor.values) {
     throw std::invalid_argument("tensor " + quoted(tensor.name) + " has " + std::to_string(tensor.values) +

@@ -19,8 +19,20 @@ from hypothesis import strategies as st
 
 from realtime_serve import _core
 
-DECODED = {name: GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0")}
-QUANTIZED = ("Q4_0", "Q4_1", "Q8_0")
+# Where a block's scale lies; a minimum, where it has one, is next to it.
+SCALE_AT = {
+    "Q4_0": 0,
+    "Q4_1": 0,
+    "Q5_0": 0,
+    "Q5_1": 0,
+    "Q8_0": 0,
+    "Q2_K": 80,
+    "Q3_K": 108,
+    "Q4_K": 0,
+    "Q5_K": 0,
+    "Q6_K": 208,
+}
+DECODED = {name: GGMLQuantizationType[name] for name in ("F32", "F16", "BF16", *SCALE_AT)}
 
 WriteGguf = Callable[[Callable[[GGUFWriter], Any]], str]
 
@@ -85,11 +97,15 @@ def test_values_are_those_of_the_reference(name: str, write_gguf: WriteGguf) -> 
     _, block_bytes = GGML_QUANT_SIZES[kind]
     blocks = np.random.default_rng(7).integers(0, 256, (2, 3, 512, block_bytes), dtype=np.uint8)
     special = _special_bytes(name)
-    blocks.reshape(-1, block_bytes)[: len(special), : special.shape[1]] = special
+    first, least, greatest, *_ = np.split(blocks.reshape(-1, block_bytes)[: 3 * len(special)], 3)
+    least[:], greatest[:] = 0x00, 0xFF
+    for rows in (first, least, greatest):
+        scales = rows[:, SCALE_AT.get(name, 0) :][:, : special.shape[1]]
+        scales[:] = special[:, : scales.shape[1]]
     raw = blocks.reshape(2, 3, -1)
     file = _core.GgufFile(write_gguf(lambda writer: writer.add_tensor("t", raw, raw_dtype=kind)))
     values = file.dequantize("t")
-    _assert_same_bits(values, _expected(raw, kind), any_nan=name in QUANTIZED)
+    _assert_same_bits(values, _expected(raw, kind), any_nan=name in SCALE_AT)
     assert np.isnan(values).any()
     assert np.isinf(values).any()
 

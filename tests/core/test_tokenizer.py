@@ -1,25 +1,26 @@
-"""Tokenizers against a plain implementation of byte-level BPE, and against ids that transformers gave."""
+"""Byte-level GGUF tokenizers against a plain implementation, and against ids that transformers gave."""
 
 import json
 import os
 import subprocess
 import sys
+import unicodedata
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import gguf
 import pytest
 import regex
 import tokenizers
 from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
+from tokenizer_files import CONTROL, HARD_TEXTS, NORMAL, UNUSED, USER_DEFINED, streamed, texts, write_tokenizer_gguf
+from tokenizers import models, pre_tokenizers, trainers
 
 from realtime_serve._core import GgufFile
 from realtime_serve.errors import ModelLoadError, UnsupportedModelError
 from realtime_serve.tokenizer import Tokenizer
+from realtime_serve.tokenizer.byte_level import PRE_TOKENIZERS
 
 # The patterns as their models publish them, with \s as the Unicode property that it is there.
 SPACE, NO_SPACE = r"\p{White_Space}", r"\P{White_Space}"
@@ -30,6 +31,16 @@ GPT4 = (
 )
 LLAMA3 = GPT4.replace("DIGITS", r"\p{N}{1,3}")
 QWEN2 = GPT4.replace("DIGITS", r"\p{N}")
+TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}"
+    rf"| ?[^{SPACE}\p{{L}}\p{{N}}]+[\r\n/]*|{SPACE}*[\r\n]+|{SPACE}+(?!{NO_SPACE})|{SPACE}+"
+)
+GPT4O = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+    rf"|\p{{N}}{{1,3}}| ?[^{SPACE}\p{{L}}\p{{N}}]+[\r\n/]*|{SPACE}*[\r\n]+|{SPACE}+(?!{NO_SPACE})|{SPACE}+"
+)
 
 # Bytes that print stand for themselves, the others for the characters from U+0100 on.
 PRINTING = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
@@ -58,21 +69,6 @@ class PlainBpe:
 
 def cut_smollm(text: str) -> list[str]:
     return [piece for part in regex.findall(r"\p{N}|\P{N}+", text) for piece in regex.findall(GPT2, part)]
-
-
-# Unassigned characters are left out: which those are depends on each library's version of Unicode.
-characters = st.characters(exclude_categories=["Cs", "Cn"])
-texts = st.lists(
-    st.one_of(
-        st.text(characters, max_size=6),
-        st.text(" \t\r\n\u00a0\u3000", max_size=4),
-        st.text("0123456789½²٣Ⅷ", max_size=7),
-        st.sampled_from(
-            ["the", " quick", "'re", "'LL", "'", "naïve", "def f(x):\n    ", "世界", "🎉", "👩‍👩‍👧", "_", "=="]
-        ),
-    ),
-    max_size=8,
-).map("".join)
 
 
 # The default model
@@ -170,7 +166,6 @@ def test_a_fork_after_encoding_is_silent(default_model_path: Path) -> None:
 
 # Small GGUF files
 
-CONTROL, USER_DEFINED, UNUSED = 3, 4, 5
 MERGES = ["h e", "he l", "l o", "hel lo", "Ġ hello", "1 2", "12 3", "3 4", "Ã ©", "' S"]
 BASE = [ALPHABET[byte] for byte in range(256)]
 MERGED = [merge.replace(" ", "") for merge in MERGES]
@@ -193,72 +188,102 @@ def write_gguf(path: Path, **changes: Any) -> Path:
         "model": "gpt2",
         "pre": "gpt-2",
         "tokens": TOKENS,
-        "token_type": [1] * (len(TOKENS) - len(EXTRA)) + list(EXTRA.values()),
+        "token_type": [NORMAL] * (len(TOKENS) - len(EXTRA)) + list(EXTRA.values()),
         "merges": MERGES,
         "bos_token_id": BOS,
         "eos_token_id": EOS,
     }
-    writer = gguf.GGUFWriter(path, "llama")
-    for key, value in (values | changes).items():
-        name = f"tokenizer.ggml.{key}"
-        if isinstance(value, bool):
-            writer.add_bool(name, value)
-        elif isinstance(value, int):
-            writer.add_uint32(name, value)
-        elif isinstance(value, str):
-            writer.add_string(name, value)
-        elif value is not None:
-            writer.add_array(name, value)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.close()
-    return path
+    return write_tokenizer_gguf(path, **(values | changes))
 
 
 def load_gguf(tmp_path: Path, **changes: Any) -> Tokenizer:
     return Tokenizer.load(write_gguf(tmp_path / "model.gguf", **changes))
 
 
-CUTS = {
+CUTS: dict[str, Callable[[str], list[str]]] = {
     "gpt-2": lambda text: regex.findall(GPT2, text),
+    "olmo": lambda text: regex.findall(GPT2, unicodedata.normalize("NFC", text)),
     "smollm": cut_smollm,
+    "dbrx": lambda text: regex.findall(LLAMA3, text),
     "llama-bpe": lambda text: regex.findall(LLAMA3, text),
-    "qwen2": lambda text: regex.findall(QWEN2, text),
+    "qwen2": lambda text: regex.findall(QWEN2, unicodedata.normalize("NFC", text)),
+    "gpt-4o": lambda text: regex.findall(GPT4O, text),
+    "tekken": lambda text: regex.findall(TEKKEN, text),
 }
 
 
+@pytest.fixture(scope="module")
+def learnt() -> tuple[list[str], list[str]]:
+    """Tokens and merges of hard texts that nothing cut: many would join what a pre-tokenizer cuts apart."""
+    learner = tokenizers.Tokenizer(models.BPE())
+    learner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    pieces = [text[at : at + 12] for text in HARD_TEXTS for at in range(0, len(text), 6)] * 3
+    trainer = trainers.BpeTrainer(vocab_size=900, initial_alphabet=alphabet, show_progress=False)
+    learner.train_from_iterator(pieces, trainer)
+    model = json.loads(learner.to_str())["model"]
+    merges = [" ".join(merge) for merge in model["merges"]]
+    assert len(merges) > 600
+    return sorted(model["vocab"], key=model["vocab"].__getitem__), merges
+
+
 @pytest.fixture(scope="module", params=CUTS)
-def cutting(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, PlainBpe]:
-    """A pre-tokenizer with merges that would join much of what it cuts apart."""
-    merges = [*MERGES, "Ġ Ġ", "ĠĠ Ġ", "Ċ Ċ", "o 1", "! Ċ", "! !", "Ġ 1", "' r", "Ġ !", "č Ċ", "l e", "ã Ģ", "ãĢ Ģ"]
-    tokens = [*BASE, *(merge.replace(" ", "") for merge in merges)]
+def cutting(
+    request: pytest.FixtureRequest, learnt: tuple[list[str], list[str]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Tokenizer, PlainBpe]:
+    tokens, merges = learnt
     path = tmp_path_factory.mktemp("cutting") / "model.gguf"
-    write_gguf(path, pre=request.param, tokens=tokens, merges=merges, token_type=None, add_bos_token=False)
+    changes = {"token_type": None, "bos_token_id": None, "eos_token_id": None, "add_bos_token": False}
+    write_gguf(path, pre=request.param, tokens=tokens, merges=merges, **changes)
     return Tokenizer.load(path), PlainBpe(tokens, merges, CUTS[request.param])
 
 
-@given(
-    text=st.lists(
-        st.sampled_from(
-            [*"hello hé12345\n\r\t!'", "   ", "12345", "hello", "'re", "'S", "'Ll", "世", "½", "Ⅷ٣", "\u3000"]
-        ),
-        max_size=12,
-    ).map("".join)
-)
-def test_pre_tokenizers(cutting: tuple[Tokenizer, PlainBpe], text: str) -> None:
+def check_cutting(cutting: tuple[Tokenizer, PlainBpe], text: str) -> None:
     tokenizer, plain = cutting
-    assert tokenizer.encode(text) == plain.encode(text)
+    ids = tokenizer.encode(text)
+    assert ids == plain.encode(text)
+    printed = tokenizer.vocabulary_tokens()
+    assert streamed([printed[token] for token in ids]) == "".join(plain.cut(text))
+
+
+def check_cuts(pre: str, text: str) -> None:
+    text = unicodedata.normalize("NFC", text)
+    cut = [piece for piece, _ in PRE_TOKENIZERS[pre].build().pre_tokenize_str(text)]
+    assert cut == ["".join(ALPHABET[byte] for byte in piece.encode()) for piece in CUTS[pre](text)]
+
+
+@pytest.mark.parametrize("pre", CUTS)
+def test_cuts_of_hard_texts(pre: str) -> None:
+    for text in HARD_TEXTS:
+        check_cuts(pre, text)
+
+
+@pytest.mark.parametrize("pre", CUTS)
+@given(text=texts)
+def test_cuts(pre: str, text: str) -> None:
+    check_cuts(pre, text)
+
+
+@pytest.mark.parametrize("text", HARD_TEXTS)
+def test_pre_tokenizers_on_hard_texts(cutting: tuple[Tokenizer, PlainBpe], text: str) -> None:
+    check_cutting(cutting, text)
+
+
+@given(text=texts)
+def test_pre_tokenizers(cutting: tuple[Tokenizer, PlainBpe], text: str) -> None:
+    check_cutting(cutting, text)
 
 
 def test_qwen2_composes_characters(tmp_path: Path) -> None:
     assert load_gguf(tmp_path, pre="qwen2").encode("e\u0308") == [ID["Ã"], ID["«"]]  # ë
 
 
-def test_llama3_takes_pieces_that_are_tokens(tmp_path: Path) -> None:
+@pytest.mark.parametrize("pre", ["llama-bpe", "tekken"])
+def test_pieces_that_are_tokens_whatever_their_merges(tmp_path: Path, pre: str) -> None:
     tokens = [*TOKENS, "llo"]  # that no merge makes
-    tokenizer = load_gguf(tmp_path, pre="llama-bpe", tokens=tokens, token_type=None, add_bos_token=False)
+    tokenizer = load_gguf(tmp_path, pre=pre, tokens=tokens, token_type=None, add_bos_token=False)
     assert tokenizer.encode("llo") == [len(TOKENS)]
-    tokenizer = load_gguf(tmp_path, pre="gpt-2", tokens=tokens, token_type=None)
+    tokenizer = load_gguf(tmp_path, pre="dbrx", tokens=tokens, token_type=None)
     assert tokenizer.encode("llo") == [ID["l"], ID["lo"]]
 
 
@@ -283,6 +308,8 @@ def test_named_tokens_in_text(tmp_path: Path) -> None:
         ({"add_bos_token": True, "add_eos_token": True}, [BOS], [EOS]),
         ({"pre": "llama-bpe"}, [BOS], []),
         ({"pre": "llama-bpe", "add_bos_token": False}, [], []),
+        ({"pre": "tekken"}, [BOS], []),
+        ({"pre": "dbrx"}, [], []),
     ],
 )
 def test_tokens_around_text(tmp_path: Path, changes: dict[str, Any], before: list[int], after: list[int]) -> None:
@@ -304,12 +331,12 @@ def test_end_tokens(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [
-        ({"model": "llama"}, UnsupportedModelError, "tokenizer model 'llama' is not supported; supported: 'gpt2'"),
+        ({"model": "t5"}, UnsupportedModelError, "tokenizer model 't5' is not supported; supported: 'gpt2', 'llama'"),
         (
-            {"pre": "tekken"},
+            {"pre": "viking"},
             UnsupportedModelError,
-            "pre-tokenizer 'tekken' is not supported; supported: 'gpt-2', 'smollm', 'llama-bpe', 'llama3', 'llama-v3',"
-            " 'qwen2'",
+            "pre-tokenizer 'viking' is not supported; supported: 'gpt-2', 'phi-2', 'olmo', 'smollm', 'dbrx',"
+            " 'llama-bpe', 'llama3', 'llama-v3', 'qwen2', 'deepseek-r1-qwen', 'gpt-4o', 'tekken'",
         ),
         ({"model": None}, ModelLoadError, "metadata key 'tokenizer.ggml.model' is missing"),
         ({"pre": None}, ModelLoadError, "metadata key 'tokenizer.ggml.pre' is missing"),
@@ -364,96 +391,3 @@ def test_files_that_are_not_gguf(tmp_path: Path) -> None:
     path.write_bytes(b"GGUF and no more")
     with pytest.raises(ModelLoadError, match=r"model\.gguf"):
         Tokenizer.load(path)
-
-
-# Hugging Face folders
-
-
-def write_folder(folder: Path, **configs: Any) -> Path:
-    """The small vocabulary as a tokenizer.json, with a post-processor that puts <s> before every text."""
-    backend = tokenizers.Tokenizer(
-        models.BPE({token: id for token, id in ID.items() if token not in EXTRA}, [tuple(m.split(" ")) for m in MERGES])
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    for token, kind in EXTRA.items():
-        backend.add_tokens([AddedToken(token, normalized=False, special=kind == CONTROL)])
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", BOS)])
-    backend.enable_truncation(4)
-    backend.enable_padding(length=8)
-    backend.save(str(folder / "tokenizer.json"))
-    for name, values in configs.items():
-        (folder / f"{name}.json").write_text(json.dumps(values))
-    return folder
-
-
-def test_a_folder_encodes_as_its_tokenizer_json_says(tmp_path: Path) -> None:
-    tokenizer = Tokenizer.load(write_folder(tmp_path))
-    ids = [BOS, *[ID["hello"], THINK] * 10, EOS]  # neither cut to 4 nor filled up to 8
-    assert tokenizer.encode("hello<think>" * 10 + "</s>") == ids
-    assert tokenizer.encode("") == [BOS]
-    printed = tokenizer.vocabulary_tokens()
-    assert b"".join(printed[token] for token in ids) == b"hello<think>" * 10
-    assert printed[:256] == [bytes([byte]) for byte in range(256)]
-    assert (printed[ID["世"]], printed[ID["Ã©"]]) == ("世".encode(), "é".encode())
-    assert tokenizer.special_tokens == {BOS, EOS, EOT}
-    assert tokenizer.size == len(TOKENS)
-
-
-@pytest.mark.parametrize(
-    ("configs", "eos"),
-    [
-        ({}, set()),
-        ({"config": {"eos_token_id": EOS}}, {EOS}),
-        ({"config": {"eos_token_id": [EOS, EOT]}}, {EOS, EOT}),
-        ({"config": {"eos_token_id": EOS}, "generation_config": {"eos_token_id": [EOT]}}, {EOT}),
-        ({"config": {"eos_token_id": EOS}, "generation_config": {"eos_token_id": None}}, {EOS}),
-        ({"config": {"eos_token_id": EOS}, "generation_config": {}}, {EOS}),
-    ],
-)
-def test_a_folders_end_tokens(tmp_path: Path, configs: dict[str, Any], eos: set[int]) -> None:
-    assert Tokenizer.load(write_folder(tmp_path, **configs)).eos_tokens == eos
-
-
-def change_tokenizer_json(folder: Path, **changes: Any) -> None:
-    path = folder / "tokenizer.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def test_ids_that_a_folder_leaves_out_print_as_nothing(tmp_path: Path) -> None:
-    write_folder(tmp_path)
-    model = json.loads((tmp_path / "tokenizer.json").read_text())["model"]
-    model["vocab"]["z"] = 300
-    change_tokenizer_json(tmp_path, model=model)
-    printed = Tokenizer.load(tmp_path).vocabulary_tokens()
-    assert len(printed) == 301
-    assert (printed[300], printed[ID["z"]], printed[299]) == (b"z", b"", b"")
-
-
-@pytest.mark.parametrize(
-    ("decoder", "name"),
-    [
-        (None, "none"),
-        ({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": True}, "Metaspace"),
-        ({"type": "Sequence", "decoders": [{"type": "Fuse"}]}, "Sequence"),
-    ],
-)
-def test_decoders_that_are_not_byte_level(tmp_path: Path, decoder: Any, name: str) -> None:
-    change_tokenizer_json(write_folder(tmp_path), decoder=decoder)
-    with pytest.raises(UnsupportedModelError) as refused:
-        Tokenizer.load(tmp_path)
-    assert str(refused.value) == f"{tmp_path}/tokenizer.json: decoder {name} is not supported; supported: ByteLevel"
-
-
-def test_refused_folders(tmp_path: Path) -> None:
-    with pytest.raises(ModelLoadError, match=r"tokenizer\.json: not there, and the model's tokenizer is read from it$"):
-        Tokenizer.load(tmp_path)
-    (tmp_path / "tokenizer.json").write_text('{"model":\n "none"}')
-    with pytest.raises(ModelLoadError, match=r"tokenizer\.json: not a tokenizer: .+$"):
-        Tokenizer.load(tmp_path)
-    write_folder(tmp_path, config={"eos_token_id": "</s>"})
-    with pytest.raises(ModelLoadError, match=rf"/config\.json: eos_token_id must be ids of the {len(TOKENS)} tokens$"):
-        Tokenizer.load(tmp_path)
-    (tmp_path / "config.json").write_text("{")
-    with pytest.raises(ModelLoadError, match=r"/config\.json: not readable as JSON: .+$"):
-        Tokenizer.load(tmp_path)

@@ -76,7 +76,9 @@ std::vector<std::string> seeds() {
   tensors.tensor("q4_0", {32, 2}, GgufTypeId::kQ4_0, std::string(36, '\4'));
   tensors.tensor("q4_1", {32}, GgufTypeId::kQ4_1, std::string(20, '\5'));
   tensors.tensor("q8_0", {32}, GgufTypeId::kQ8_0, std::string(34, '\6'));
-  tensors.tensor("q4_k", {256}, 12, std::string(144, '\7'));
+  tensors.tensor("q5_0", {32}, GgufTypeId::kQ5_0, std::string(22, '\7'));
+  tensors.tensor("q6_k", {256}, GgufTypeId::kQ6_K, std::string(210, '\7'));
+  tensors.tensor("iq4_nl", {32}, 20, std::string(18, '\7'));  // not decoded
   return {scalars.file(), arrays.file(), tensors.file()};
 }
 

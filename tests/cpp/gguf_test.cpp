@@ -4,6 +4,7 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <bit>
 #include <cmath>
 #include <filesystem>
@@ -33,7 +34,7 @@ using Type = GgufValueType;
 
 constexpr std::uint32_t kF32 = 0;
 constexpr std::uint32_t kQ4_0 = 2;
-constexpr std::uint32_t kQ4_K = 12;
+constexpr std::uint32_t kIQ4_NL = 20;
 
 // Opens it from memory of just its size, as "m.gguf".
 class Opened {
@@ -253,6 +254,49 @@ TEST(GgufDequantize, EightBits) {
   for (int i = 0; i < 32; ++i) EXPECT_EQ(out[static_cast<std::size_t>(i)], -2.0F * static_cast<float>(i * 8 - 128));
 }
 
+// The block types of which a value's bits lie apart, and where.
+struct Spread {
+  GgufTypeId type;
+  std::size_t values;
+  std::size_t scale_at;
+  std::size_t scales;  // 2 with a minimum
+  std::size_t stored_at;
+  std::size_t stored_bytes;
+  std::size_t bits;
+};
+constexpr Spread kSpread[] = {
+    {GgufTypeId::kQ5_0, 32, 0, 1, 2, 20, 5},     {GgufTypeId::kQ5_1, 32, 0, 2, 4, 20, 5},
+    {GgufTypeId::kQ2_K, 256, 80, 2, 16, 64, 2},  {GgufTypeId::kQ3_K, 256, 108, 1, 0, 96, 3},
+    {GgufTypeId::kQ4_K, 256, 0, 2, 16, 128, 4},  {GgufTypeId::kQ5_K, 256, 0, 2, 16, 160, 5},
+    {GgufTypeId::kQ6_K, 256, 208, 1, 0, 192, 6},
+};
+
+TEST(GgufDequantize, EachStoredBitBelongsToOneValue) {
+  for (const Spread& spread : kSpread) {
+    const GgufTensorType& type = *find_gguf_type(static_cast<std::uint32_t>(spread.type));
+    SCOPED_TRACE(type.name);
+    ASSERT_EQ(type.block_values, spread.values);
+    std::string block(type.block_bytes, '\xFF');  // so that no group has a share of 0 of the scale
+    for (std::size_t i = 0; i < spread.scales; ++i) block.replace(spread.scale_at + 2 * i, 2, le(kHalfOne));
+    const auto base = decoded(spread.type, spread.values, block);
+    std::vector<float> moved(spread.values);
+    for (std::size_t bit = 0; bit < spread.stored_bytes * 8; ++bit) {
+      std::string flipped = block;
+      flipped[spread.stored_at + bit / 8] ^= static_cast<char>(1U << bit % 8);
+      const auto out = decoded(spread.type, spread.values, flipped);
+      const auto changed = std::ranges::mismatch(out, base);
+      ASSERT_NE(changed.in1, out.end()) << "bit " << bit;
+      ASSERT_TRUE(std::equal(changed.in1 + 1, out.end(), changed.in2 + 1)) << "bit " << bit;
+      moved[static_cast<std::size_t>(changed.in1 - out.begin())] += std::abs(*changed.in1 - *changed.in2);
+    }
+    // Bits of 1, 2, 4, … times the group's scale.
+    for (std::size_t i = 0; i < spread.values; ++i) {
+      EXPECT_GT(moved[i], 0) << i;
+      EXPECT_EQ(std::fmod(moved[i], (1U << spread.bits) - 1), 0) << i;
+    }
+  }
+}
+
 TEST(GgufDequantize, Floats) {
   EXPECT_EQ(decoded(GgufTypeId::kF32, 2, le(0.1F) + le(-1e-45F)), (std::vector{0.1F, -1e-45F}));
   EXPECT_EQ(decoded(GgufTypeId::kBF16, 2, le(std::uint16_t{0x3F80}) + le(std::uint16_t{0x8001})),
@@ -298,13 +342,14 @@ TEST(GgufDequantize, DoesNotDependOnTheThreadsDenormalMode) {
 #endif
 
 TEST(GgufDequantize, RefusesATypeByName) {
-  const Opened file(GgufBytes{}.tensor("t", {256}, kQ4_K, std::string(144, 'x')));
+  const Opened file(GgufBytes{}.tensor("t", {32}, kIQ4_NL, std::string(18, 'x')));
   const GgufTensor& tensor = *file->find_tensor("t");
-  EXPECT_EQ(tensor.type->name, "Q4_K");
-  EXPECT_EQ(tensor.bytes.size(), 144U);
-  std::vector<float> out(256);
+  EXPECT_EQ(tensor.type->name, "IQ4_NL");
+  EXPECT_EQ(tensor.bytes.size(), 18U);
+  std::vector<float> out(32);
   EXPECT_EQ(error_of([&] { file->dequantize(tensor, out); }),
-            "m.gguf: tensor 't': its type Q4_K cannot be decoded; supported are F32, F16, BF16, Q4_0, Q4_1 and Q8_0");
+            "m.gguf: tensor 't': its type IQ4_NL cannot be decoded; supported: F32, F16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, "
+            "Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, BF16");
 }
 
 TEST(GgufDequantize, NeedsRoomForEachValue) {
