@@ -58,7 +58,7 @@ void Scheduler::add_decoding(Plan& plan) {
       first_decode_ = at;
       break;
     }
-    if (memory_.reach(sequence) > 0) add_row(plan, sequence, 1);
+    if (memory_.growth(sequence, sequence.scheduled + 1) <= blocks_.available()) add_row(plan, sequence, 1);
   }
 }
 
@@ -108,6 +108,7 @@ std::uint32_t Scheduler::prompt_budget(const Plan& plan) const {
 
 // Preempts until those that run can grow. Before the step is planned, so that no plan names who is preempted.
 void Scheduler::make_blocks(std::int64_t now_ns) {
+  if (blocks_.available() >= running_.size()) return;  // nobody needs more than one
   std::uint32_t needed = 0;
   const auto growth = [&](const Sequence& sequence) {
     return runnable(sequence) > 0 ? memory_.growth(sequence, sequence.scheduled + 1) : 0;
@@ -210,7 +211,7 @@ void Scheduler::add_row(Plan& plan, Sequence& sequence, std::uint32_t count) {
     ++plan.samples;
     sequence.sampled_by = static_cast<std::uint32_t>(plan.rows.size());
   }
-  memory_.advanced(sequence);
+  memory_.advanced(sequence, row.start);
   ++sequence.in_flight;
   plan.tokens += count;
   plan.rows.push_back(row);
@@ -224,13 +225,13 @@ void Scheduler::commit(Plan& plan, std::span<const std::int32_t> sampled, std::s
   std::size_t token = 0, sample = 0;
   for (const PlanRow& row : plan.rows) {
     Sequence& sequence = *row.sequence;
+    if (sequence.state != SequenceState::kFinished) memory_.computed(sequence, row.start + row.count);
     if (row.sample) {
       const std::uint32_t count = counts.empty() ? 1 : counts[sample];
       accept(sequence, sampled.subspan(token, count));
       token += count;
       ++sample;
     }
-    memory_.computed(sequence, row.start + row.count);
     // After accept(), so that a sequence which ends there is still held by this plan, and released once.
     --sequence.in_flight;
     if (sequence.state == SequenceState::kFinished && sequence.in_flight == 0) release(sequence);

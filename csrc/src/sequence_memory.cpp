@@ -77,11 +77,6 @@ std::uint32_t SequenceMemory::reach(const Sequence& sequence) const {
   return static_cast<std::uint32_t>(blocks * block_size_ - sequence.scheduled);
 }
 
-std::uint32_t SequenceMemory::growth(const Sequence& sequence, std::uint32_t positions) const {
-  const auto held = static_cast<std::uint32_t>(sequence.blocks.size());
-  return positions <= held * block_size_ ? 0 : blocks_for(positions) - held;
-}
-
 bool SequenceMemory::pass_over_computed(Sequence& sequence) {
   while (sequence.scheduled % block_size_ == 0 && sequence.scheduled / block_size_ < sequence.shareable_blocks) {
     Block& next = state(sequence.blocks[sequence.scheduled / block_size_]);
@@ -96,29 +91,31 @@ bool SequenceMemory::pass_over_computed(Sequence& sequence) {
   return true;
 }
 
-void SequenceMemory::advanced(Sequence& sequence) {
+void SequenceMemory::grow(Sequence& sequence) {
   while (sequence.blocks.size() * block_size_ < sequence.scheduled) {
     const std::int32_t block = pool_.allocate();
     state(block) = {};
     sequence.blocks.push_back(block);
   }
-  for (std::uint32_t i = sequence.scheduled / block_size_; i-- > 0;) {
-    Block& filled = state(sequence.blocks[i]);
-    if (filled.filled) break;
-    filled = {.filler = nullptr, .filled = true};
+}
+
+void SequenceMemory::fill(Sequence& sequence, std::uint32_t start) {
+  const std::uint32_t complete = std::min(sequence.scheduled / block_size_, sequence.shareable_blocks);
+  for (std::uint32_t i = start / block_size_; i < complete; ++i) {
+    state(sequence.blocks[i]) = {.filler = nullptr, .filled = true};
   }
-  if (sequence.scheduled % block_size_ == 0) return;
-  Block& begun = state(sequence.blocks[sequence.scheduled / block_size_]);
+  if (complete == sequence.shareable_blocks || sequence.scheduled % block_size_ == 0) return;
+  Block& begun = state(sequence.blocks[complete]);
   if (begun.filler == nullptr && !begun.filled) begun.filler = &sequence;
 }
 
-void SequenceMemory::computed(Sequence& sequence, std::uint32_t positions) {
-  if (!pool_.keeps_prefixes()) return;
-  const std::uint32_t known = std::min(positions, static_cast<std::uint32_t>(sequence.tokens.size())) / block_size_;
-  if (sequence.published_blocks >= known) return;
-  extend_hashes(sequence, known);
-  for (; sequence.published_blocks < known; ++sequence.published_blocks) {
-    pool_.publish(sequence.blocks[sequence.published_blocks], sequence.hashes[sequence.published_blocks]);
+void SequenceMemory::publish(Sequence& sequence, std::uint32_t positions) {
+  const std::uint32_t complete = positions / block_size_;
+  extend_hashes(sequence, complete);
+  for (; sequence.published_blocks < complete; ++sequence.published_blocks) {
+    const std::int32_t block = sequence.blocks[sequence.published_blocks];
+    state(block).filled = true;
+    pool_.publish(block, sequence.hashes[sequence.published_blocks]);
   }
 }
 
@@ -131,11 +128,10 @@ void SequenceMemory::retract(Sequence& sequence, std::uint32_t start) {
 
 void SequenceMemory::rewind(Sequence& sequence) {
   const std::uint32_t complete = sequence.scheduled / block_size_;
-  for (std::uint32_t i = 0; i * block_size_ < sequence.scheduled; ++i) {
+  for (std::uint32_t i = 0; i < sequence.shareable_blocks && i * block_size_ < sequence.scheduled; ++i) {
     const Block& block = state(sequence.blocks[i]);
     // One that it has begun is its own, or another took it over while it was paused.
-    const bool has_begun = i == complete && (i >= sequence.shareable_blocks || block.filler == &sequence);
-    if (block.filled || has_begun) continue;
+    if (block.filled || (i == complete && block.filler == &sequence)) continue;
     sequence.scheduled = i * block_size_;
     sequence.cached_tokens = std::min(sequence.cached_tokens, sequence.scheduled);
     return;

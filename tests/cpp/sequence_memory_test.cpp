@@ -6,6 +6,7 @@
 #include <memory>
 #include <numeric>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace rts {
@@ -32,8 +33,8 @@ struct Memory {
     return made;
   }
   void compute(Sequence& of, std::uint32_t positions) {
-    of.scheduled = positions;
-    memory.advanced(of);
+    const std::uint32_t start = std::exchange(of.scheduled, positions);
+    memory.advanced(of, start);
     memory.computed(of, positions);
   }
 
@@ -59,10 +60,10 @@ TEST(SequenceMemory, GrowsByABlockWhenItIsFull) {
   EXPECT_EQ(test.memory.growth(*one, 5), 1U);
   EXPECT_EQ(test.memory.reach(*one), 12U);
   one->scheduled = 12;
-  test.memory.advanced(*one);
+  test.memory.advanced(*one, 0);
   EXPECT_EQ(one->blocks.size(), 3U);
   one->scheduled = 13;
-  EXPECT_THROW(test.memory.advanced(*one), std::logic_error);
+  EXPECT_THROW(test.memory.advanced(*one, 12), std::logic_error);
 }
 
 TEST(SequenceMemory, WhatOthersHaveComputedIsPassedOver) {
@@ -127,7 +128,7 @@ TEST(SequenceMemory, WhoWaitsTakesOverFromOneThatEndsOrIsPaused) {
   const auto two = test.admitted(17), three = test.admitted(17);
   EXPECT_TRUE(test.memory.pass_over_computed(*one));
   one->scheduled = 6;
-  test.memory.advanced(*one);
+  test.memory.advanced(*one, 0);
   EXPECT_FALSE(test.memory.pass_over_computed(*two));
   test.memory.release(*one);
   one.reset();
@@ -142,7 +143,7 @@ TEST(SequenceMemory, WhatNobodyComputedIsNotFound) {
   Memory test(20);
   const auto one = test.admitted(17);
   one->scheduled = 6;
-  test.memory.advanced(*one);
+  test.memory.advanced(*one, 0);
   test.memory.release(*one);
   const auto two = test.admitted(17);
   EXPECT_TRUE(test.memory.pass_over_computed(*two));
@@ -159,7 +160,7 @@ TEST(SequenceMemory, GeneratedTokensAreFoundOnceTheyAreComputed) {
   }
   one->tokens.push_back(14);
   one->scheduled = 16;  // being sampled: its tokens are not known yet
-  test.memory.advanced(*one);
+  test.memory.advanced(*one, 14);
   test.memory.computed(*one, 16);
   test.memory.release(*one);
   const auto two = test.admitted(20);
@@ -173,7 +174,7 @@ TEST(SequenceMemory, WhatFailedIsFoundNoMoreAndWhoPassedItGoesBack) {
   EXPECT_TRUE(test.memory.pass_over_computed(*one));
   test.compute(*one, 8);
   one->scheduled = 17;
-  test.memory.advanced(*one);
+  test.memory.advanced(*one, 8);
   EXPECT_TRUE(test.memory.pass_over_computed(*two));
   EXPECT_EQ(two->scheduled, 16U);
   test.memory.retract(*one, 8);

@@ -1,5 +1,7 @@
 #pragma once
 
+#include <algorithm>
+#include <cstddef>
 #include <cstdint>
 #include <vector>
 
@@ -30,16 +32,25 @@ class SequenceMemory {
   // How many positions beyond those scheduled its own and all available blocks take.
   std::uint32_t reach(const Sequence& sequence) const;
   // How many more it needs for its first `positions` positions.
-  std::uint32_t growth(const Sequence& sequence, std::uint32_t positions) const;
+  std::uint32_t growth(const Sequence& sequence, std::uint32_t positions) const {
+    const auto held = static_cast<std::uint32_t>(sequence.blocks.size());
+    return positions <= held * block_size_ ? 0 : blocks_for(positions) - held;
+  }
 
   // Passes over what others have computed of its prompt. False: it is to wait, for another one computes what comes
   // next.
   bool pass_over_computed(Sequence& sequence);
-  // Its positions up to `scheduled` are in a plan: takes the blocks that it has grown into. Throws std::logic_error
-  // where there are none.
-  void advanced(Sequence& sequence);
+  // Its positions from `start` up to `scheduled` are in a plan: takes the blocks that it has grown into. Throws
+  // std::logic_error where there are none.
+  void advanced(Sequence& sequence, std::uint32_t start) {
+    if (sequence.blocks.size() * block_size_ < sequence.scheduled) grow(sequence);
+    if (start < sequence.shareable_blocks * block_size_) fill(sequence, start);  // none that decodes
+  }
   // Its first `positions` positions have been computed: others can find those blocks of them whose tokens are known.
-  void computed(Sequence& sequence, std::uint32_t positions);
+  void computed(Sequence& sequence, std::uint32_t positions) {
+    const std::uint32_t known = std::min(positions, static_cast<std::uint32_t>(sequence.tokens.size()));
+    if (pool_.keeps_prefixes() && known >= (sequence.published_blocks + 1) * block_size_) publish(sequence, known);
+  }
   // The model failed in a plan that has positions from `start` on: nobody is to find them.
   void retract(Sequence& sequence, std::uint32_t start);
   // Goes back to before what was retracted of the blocks that it shares.
@@ -56,6 +67,9 @@ class SequenceMemory {
     return static_cast<std::uint32_t>((positions + block_size_ - 1) / block_size_);
   }
   Block& state(std::int32_t block) { return states_[static_cast<std::size_t>(block)]; }
+  void grow(Sequence& sequence);
+  void fill(Sequence& sequence, std::uint32_t start);
+  void publish(Sequence& sequence, std::uint32_t positions);
   std::uint32_t find_shared(Sequence& sequence);
   void extend_hashes(Sequence& sequence, std::uint32_t blocks);
 
