@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Awaitable, Coroutine, Iterable
 from typing import Any
 
 from realtime_serve.errors import UnsupportedModelError
-from realtime_serve.types import StreamToken, shown
+from realtime_serve.types import MAX_TOP_LOGPROBS, StreamToken, TopLogprob, shown
 
 # What a `generate` may take, beyond the prompt.
 _SAMPLING = (
@@ -24,6 +24,10 @@ _SAMPLING = (
     "logprobs",
     "seed",
     "stop",
+    "logit_bias",
+    "min_tokens",
+    "stop_token_ids",
+    "top_logprobs",
 )
 # Of a token that is text alone.
 NO_TOKEN_ID = -1
@@ -176,7 +180,25 @@ def _checked(token: StreamToken) -> StreamToken:
             logprob = float(logprob)
         except (TypeError, ValueError, RuntimeError):
             raise NonsenseError(f"generate gave a token whose logprob is {shown(logprob)}, not a number") from None
-    return StreamToken(text, token_id, logprob, bool(token.is_special))
+    top_logprobs = None if token.top_logprobs is None else _checked_top_logprobs(token.top_logprobs)
+    return StreamToken(text, token_id, logprob, bool(token.is_special), top_logprobs)
+
+
+def _checked_top_logprobs(given: Any) -> tuple[TopLogprob, ...]:
+    tops = []
+    try:
+        for text, token_id, logprob in given:
+            token = _checked(StreamToken(text, token_id))
+            tops.append(TopLogprob(token.token, token.token_id, float(logprob)))
+    except (TypeError, ValueError, RuntimeError):
+        raise NonsenseError(
+            f"generate gave a token whose top_logprobs, {shown(given)}, are not (text, token id, logprob) each"
+        ) from None
+    if len(tops) > MAX_TOP_LOGPROBS:
+        raise NonsenseError(
+            f"generate gave a token with {len(tops)} top_logprobs; at most {MAX_TOP_LOGPROBS} can be sent"
+        )
+    return tuple(tops)
 
 
 def _has_surrogates(text: str) -> bool:

@@ -7,89 +7,15 @@ transformers then builds no mask, and the model's own is here.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers.modeling_utils import AttentionInterface
 
-from realtime_serve.runners.base import StepBatch
-from realtime_serve.runners.torch_lm.kv_cache import KvCache
+from realtime_serve.runners.torch_lm.attention_step import AttentionStep
 
 ATTENTION = "realtime_serve_paged"
-
-# Decoding sequences share a kernel call while the shorter's padding is under this many positions or this share of its
-# context. A call costs what 300 positions do (50 us and 0.17 us, float32, SmolLM2-135M, two Zen 3 cores).
-_PADDING_POSITIONS = 64
-_PADDING_SHARE = 0.25
-
-
-@dataclass(frozen=True, slots=True)
-class Segment:
-    """G sequences with Q tokens each in this step; their contexts are padded to L positions."""
-
-    tokens: torch.Tensor  # [G * Q] where its tokens are in the flat batch
-    slots: torch.Tensor  # [G * L] where its context is in the cache
-    mask: torch.Tensor  # [G, 1, heads per KV head * Q, L] added to the scores
-    sequences: int
-
-
-class AttentionStep:
-    """What attention needs to know of a step; built once, used by every layer."""
-
-    def __init__(
-        self, batch: StepBatch, cache: KvCache, *, heads_per_kv_head: int, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        self.cache = cache
-        self.kv_slots = torch.from_numpy(batch.kv_slots).to(device)
-        self.segments = [
-            self._segment(batch, members, heads_per_kv_head, dtype, device)
-            for members in _group(np.diff(batch.query_start), batch.context_len)
-        ]
-
-    def _segment(
-        self,
-        batch: StepBatch,
-        members: npt.NDArray[np.intp],
-        heads_per_kv_head: int,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> Segment:
-        starts = batch.query_start[members]
-        queries = int(batch.query_start[members[0] + 1] - starts[0])
-        context = batch.context_len[members, None]
-        position = np.arange(context.max())
-        # Padding repeats the sequence's own last position: masked or not, another sequence's NaN must not get in.
-        own = np.minimum(position, context - 1)
-        block = batch.block_table[batch.rows[members, None], own // self.cache.block_size].astype(np.int64)
-        slots = block * self.cache.block_size + own % self.cache.block_size
-        query_position = context - queries + np.arange(queries)
-        hidden = torch.from_numpy(position > query_position[:, :, None]).to(device)
-        mask = torch.zeros(hidden.shape, dtype=dtype, device=device).masked_fill_(hidden, -torch.inf)
-        return Segment(
-            tokens=torch.from_numpy((starts[:, None] + np.arange(queries)).ravel()).to(device),
-            slots=torch.from_numpy(slots.ravel()).to(device),
-            mask=mask.repeat(1, heads_per_kv_head, 1)[:, None],
-            sequences=len(members),
-        )
-
-
-def _group(queries: npt.NDArray[np.int32], context: npt.NDArray[np.int32]) -> Iterator[npt.NDArray[np.intp]]:
-    """Sequences to compute together: those with one token by similar context, each other one alone."""
-    decoding = np.flatnonzero(queries == 1)
-    decoding = decoding[np.argsort(context[decoding], kind="stable")]
-    while len(decoding):
-        shortest = int(context[decoding[0]])
-        longest = shortest + max(_PADDING_POSITIONS, int(shortest * _PADDING_SHARE))
-        size = int(np.searchsorted(context[decoding], longest, side="right"))
-        yield decoding[:size]
-        decoding = decoding[size:]
-    for sequence in np.flatnonzero(queries > 1):
-        yield np.array([sequence])
 
 
 def paged_attention(
@@ -101,9 +27,11 @@ def paged_attention(
     *,
     attention_step: AttentionStep,
     scaling: float,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Stores the step's keys and values, then attends each sequence's queries to its whole context.
+    """Stores the step's keys and values, then attends each sequence's queries to its context.
 
     query is [1, heads, T, head_dim], key and value are [1, kv_heads, T, head_dim]; what comes back is [1, T, heads,
     head_dim].
@@ -112,32 +40,54 @@ def paged_attention(
     cache.write(layer, attention_step.kv_slots, key[0].transpose(0, 1), value[0].transpose(0, 1))
     query = query[0].transpose(0, 1)
     output = torch.empty_like(query, memory_format=torch.contiguous_format)
-    for segment in attention_step.segments:
+    for segment in attention_step.segments(sliding_window):
         keys, values = cache.gather(layer, segment.slots)
-        attended = _attend(query.index_select(0, segment.tokens), keys, values, segment, scaling)
+        attended = _attend(query.index_select(0, segment.tokens), keys, values, segment.mask, scaling, softcap)
         output.index_copy_(0, segment.tokens, attended)
     return output[None], None
 
 
 def _attend(
-    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, segment: Segment, scaling: float
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
 ) -> torch.Tensor:
     """[G * Q, heads, head_dim] queries against [G * L, kv_heads, head_dim] keys and values.
 
-    The query heads of a KV head become rows of one matrix: scaled_dot_product_attention's own enable_gqa takes six
-    times as long for one bfloat16 query, and leaves CUDA's fused kernels where there is a mask.
+    Query heads that share a KV head become rows of one matrix where there is one query, and else a batch of their own:
+    scaled_dot_product_attention's own enable_gqa takes six times as long for one bfloat16 query, and leaves CUDA's
+    fused kernels where there is a mask.
     """
-    groups, (_, heads, head_dim), kv_heads = segment.sequences, query.shape, keys.shape[1]
-    packed = query.view(groups, -1, kv_heads, heads // kv_heads, head_dim).permute(0, 2, 3, 1, 4)
-    attended = scaled_dot_product_attention(
-        packed.reshape(groups, kv_heads, -1, head_dim),
-        keys.view(groups, -1, kv_heads, head_dim).transpose(1, 2),
-        values.view(groups, -1, kv_heads, head_dim).transpose(1, 2),
-        attn_mask=segment.mask,
-        scale=scaling,
-    )
-    unpacked = attended.reshape(groups, kv_heads, heads // kv_heads, -1, head_dim).permute(0, 3, 1, 2, 4)
-    return unpacked.reshape(query.shape)
+    groups, _, queries, length = mask.shape
+    heads, head_dim, kv_heads = query.shape[1], query.shape[2], keys.shape[1]
+    shared = heads // kv_heads
+    if queries == 1:
+        packed = query.view(groups, kv_heads, shared, head_dim)
+        keys = keys.view(groups, length, kv_heads, head_dim).transpose(1, 2)
+        values = values.view(groups, length, kv_heads, head_dim).transpose(1, 2)
+        return _score(packed, keys, values, mask, scaling, softcap).reshape(query.shape)
+    packed = query.view(queries, kv_heads, shared, head_dim).permute(1, 2, 0, 3)
+    keys = keys.transpose(0, 1)[:, None].expand(-1, shared, -1, -1)
+    values = values.transpose(0, 1)[:, None].expand(-1, shared, -1, -1)
+    return _score(packed, keys, values, mask, scaling, softcap).permute(2, 0, 1, 3).reshape(query.shape)
+
+
+def _score(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    mask: torch.Tensor,
+    scaling: float,
+    softcap: float | None,
+) -> torch.Tensor:
+    if softcap is None:
+        return scaled_dot_product_attention(query, keys, values, attn_mask=mask, scale=scaling)
+    # scaled_dot_product_attention has no place for what comes between the scores and the mask.
+    scores = torch.matmul(query, keys.transpose(-1, -2)).mul_(scaling / softcap).tanh_().mul_(softcap).add_(mask)
+    return torch.matmul(torch.softmax(scores, -1, dtype=torch.float32).to(values.dtype), values)
 
 
 AttentionInterface.register(ATTENTION, paged_attention)

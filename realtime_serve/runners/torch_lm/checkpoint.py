@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
-from transformers.models.llama.configuration_llama import LlamaConfig
-
-from realtime_serve.errors import ModelLoadError
+from transformers import PreTrainedConfig
 
 
 class Checkpoint(Protocol):
-    """A Llama's configuration, and its tensors under transformers' names."""
+    """A model's configuration, and its tensors under transformers' names."""
 
     @property
     def source(self) -> str:
         """The file or folder, for messages."""
 
     @property
-    def config(self) -> LlamaConfig: ...
+    def config(self) -> PreTrainedConfig: ...
 
     @property
     def shapes(self) -> Mapping[str, tuple[int, ...]]:
@@ -29,13 +27,8 @@ class Checkpoint(Protocol):
     def rope_factors(self) -> torch.Tensor | None:
         """What each rotary frequency is divided by, beyond what the configuration says."""
 
+    def check_type(self, name: str) -> None:
+        """Raises UnsupportedModelError where `read` cannot make floats of what is stored."""
+
     def read(self, name: str) -> torch.Tensor:
         """A tensor on the CPU, in whatever float type it comes. Raises ModelLoadError where it cannot be read."""
-
-
-def make_config(values: dict[str, Any], source: str) -> LlamaConfig:
-    """Raises ModelLoadError where transformers refuses the values."""
-    try:
-        return LlamaConfig.from_dict(values)
-    except Exception as error:
-        raise ModelLoadError(f"{source}: {' '.join(str(error).split())}") from error

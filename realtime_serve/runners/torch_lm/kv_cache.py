@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import numpy as np
 import torch
-from transformers.models.llama.configuration_llama import LlamaConfig
+from transformers import PreTrainedConfig
+
+
+@dataclass(frozen=True, slots=True)
+class KvShape:
+    """What a position takes, the same in every layer."""
+
+    layers: int
+    heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, config: PreTrainedConfig) -> KvShape:
+        heads = config.num_attention_heads
+        return cls(
+            layers=config.num_hidden_layers,
+            heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+
+    def block_bytes(self, block_size: int, dtype: torch.dtype) -> int:
+        """What one block takes in all layers together."""
+        return 2 * self.layers * self.heads * self.head_dim * block_size * dtype.itemsize
 
 
 class KvCache:
     """Per layer a key and a value tensor, [num_blocks * block_size, kv_heads, head_dim]; a slot indexes into them."""
 
     def __init__(
-        self, config: LlamaConfig, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self, shape: KvShape, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.block_size = block_size
-        shape = (num_blocks * block_size, config.num_key_value_heads, config.head_dim)
-        layers = range(config.num_hidden_layers)
-        self._keys = [_zeros(shape, dtype, device) for _ in layers]
-        self._values = [_zeros(shape, dtype, device) for _ in layers]
+        size = (num_blocks * block_size, shape.heads, shape.head_dim)
+        self._keys = [_zeros(size, dtype, device) for _ in range(shape.layers)]
+        self._values = [_zeros(size, dtype, device) for _ in range(shape.layers)]
 
     def write(self, layer: int, slots: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
         """Stores one key and value, [kv_heads, head_dim], a slot."""
@@ -37,9 +59,3 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> 
     if device.type != "cpu":
         return torch.zeros(shape, dtype=dtype, device=device)
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
-
-
-def block_bytes(config: LlamaConfig, block_size: int, dtype: torch.dtype) -> int:
-    """What one block takes in all layers together."""
-    per_position = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    return int(per_position * block_size * dtype.itemsize)
