@@ -17,6 +17,7 @@ from realtime_serve.types import (
     RequestPriority,
     StreamToken,
     Timings,
+    TopLogprob,
     Usage,
 )
 
@@ -50,6 +51,7 @@ __all__ = [
     "StreamToken",
     "Timings",
     "TokenStream",
+    "TopLogprob",
     "Usage",
     "__version__",
     "run_server",

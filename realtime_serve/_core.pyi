@@ -79,8 +79,10 @@ class Submission:
     answer_kind: int
     request_id: str
     stops: list[str]
+    stop_token_ids: list[int]
     payload: bytes
     max_tokens: int
+    min_tokens: int
     def sampling(self) -> dict[str, Any]:
         """Its sampling parameters by name."""
 
@@ -102,7 +104,15 @@ class ChannelServer:
         """Slots that had no room for a piece and have it now."""
     def start(self, slot: int) -> None:
         """The model begins to work on it."""
-    def write_token(self, slot: int, text: str, token_id: int, logprob: float | None, special: bool) -> bool:
+    def write_token(
+        self,
+        slot: int,
+        text: str,
+        token_id: int,
+        logprob: float | None,
+        special: bool,
+        top_logprobs: Sequence[tuple[str, int, float]] | None = None,
+    ) -> bool:
         """False: there is no room at the moment."""
     def write_payload(self, slot: int, kind: int, piece: bytes) -> bool:
         """False: there is no room at the moment."""

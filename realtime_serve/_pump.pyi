@@ -1,10 +1,11 @@
 """The event-loop side of the token path (csrc/cython/_pump.pyx)."""
 
 from asyncio import AbstractEventLoop, Transport
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, final
 
 from realtime_serve._core import Channel
+from realtime_serve.types import TopLogprob
 
 @final
 class Stream:
@@ -13,8 +14,8 @@ class Stream:
     `close` gives it up at any time, and must be called once it is done with.
     """
 
-    def next_token(self) -> tuple[str, int, float | None, bool] | None:
-        """(text, token id, logprob or None, is special), or None where there is no token at the moment."""
+    def next_token(self) -> tuple[str, int, float | None, bool, tuple[TopLogprob, ...] | None] | None:
+        """A StreamToken's values, or None where there is no token at the moment."""
     async def readable(self) -> None:
         """Waits until there may be a token, or the stream has ended."""
     async def write_to(self, transport: Transport, head: bytes, chunked: bool) -> None:
@@ -26,10 +27,17 @@ class Stream:
         """The answer of a model that predicts, as (what its bytes are, the bytes); empty where the stream failed."""
     async def json(self) -> bytes:
         """The whole answer as one JSON object; empty where the stream failed."""
-    def push(self, text: str, token_id: int, logprob: float | None, special: bool) -> bool:
+    def push(
+        self,
+        text: str,
+        token_id: int,
+        logprob: float | None,
+        special: bool,
+        top_logprobs: Sequence[tuple[str, int, float]] | None = None,
+    ) -> bool:
         """Appends a token to a stream that Pump.open made. False: its buffer is full, or it has ended.
 
-        Raises ValueError where the text is longer than any buffer takes.
+        Raises ValueError where the text is longer than any buffer takes, or there are too many top logprobs.
         """
     def push_end(self) -> bool: ...
     def close(self) -> None:
@@ -106,6 +114,10 @@ class Pump:
         logprobs: bool = False,
         seed: int = 0,
         stop: Sequence[str] = (),
+        logit_bias: Mapping[int, float] = {},
+        min_tokens: int = 0,
+        stop_token_ids: Sequence[int] = (),
+        top_logprobs: int = 0,
         payload_kind: int = 0,
         answer_kind: int = 0,
         payload: bytes = b"",

@@ -29,7 +29,7 @@ from realtime_serve.errors import (
 from realtime_serve.payload import Payload, PayloadError
 from realtime_serve.runners.loader import Loader, import_name
 from realtime_serve.stream import StreamManager, TokenStream
-from realtime_serve.types import InferenceRequest, PredictRequest, check_context, check_max_tokens
+from realtime_serve.types import InferenceRequest, PredictRequest, check_context, check_max_tokens, check_token_ids
 
 log = logging.getLogger(__name__)
 
@@ -85,6 +85,7 @@ class Model:
             check_max_tokens(request.max_tokens, self.max_context)
             prompt = Payload(PayloadKind.TEXT, request.prompt.encode())
             return client.submit(request, prompt, model=self.name, version=self.version)
+        check_token_ids(request, self._tokenizer.size)
         if len(request.prompt) <= _ENCODE_INLINE_CHARS:
             prompt_ids = self._tokenizer.encode(request.prompt)
         else:

@@ -147,7 +147,8 @@ class StreamManager:
         """Appends a token; waits while the stream's buffer is full.
 
         False: there is no such open stream, or its reader made no room within the stream's timeout. Raises ValueError
-        where the token's text is longer than 8,000 bytes.
+        where the token's text, with its top logprobs, is longer than 8,000 bytes, or there are more than 20
+        of these.
         """
         named = self._streams.get(stream_id)
         if named is None or named.is_closed:
@@ -225,7 +226,7 @@ class _NamedStream:
         return self._is_ending or self.stream.ended
 
     def push(self, token: StreamToken) -> bool:
-        return self.stream.push(token.token, token.token_id, token.logprob, token.is_special)
+        return self.stream.push(token.token, token.token_id, token.logprob, token.is_special, token.top_logprobs)
 
     def end(self) -> None:
         if not self._is_ending:

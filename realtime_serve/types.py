@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from realtime_serve.errors import InvalidRequestError, PromptTooLongError
 
@@ -20,10 +21,22 @@ MAX_SECONDS = 86_400.0
 # The core's bounds of stop strings.
 _MAX_STOP_STRINGS = 16
 _MAX_STOP_BYTES = 256
+# And of what a step does for one sequence.
+_MAX_BIASED_TOKENS = 1024
+_MAX_TOKEN_BIAS = 100
+_MAX_STOP_TOKEN_IDS = 64
+MAX_TOP_LOGPROBS = 20
 MAX_ID_BYTES = 256
 _SHOWN_CHARS = 60
 
-_INTEGERS = {"max_tokens": (1, MAX_TOKEN_COUNT), "top_k": (0, MAX_TOKEN_COUNT)}
+_DECIMAL = re.compile(r"-?[0-9]{1,10}")
+
+_INTEGERS = {
+    "max_tokens": (1, MAX_TOKEN_COUNT),
+    "top_k": (0, MAX_TOKEN_COUNT),
+    "min_tokens": (0, MAX_TOKEN_COUNT),
+    "top_logprobs": (0, MAX_TOP_LOGPROBS),
+}
 _NUMBERS: dict[str, tuple[float, float]] = {
     "temperature": (0, 2),
     "top_p": (0, 1),
@@ -69,12 +82,22 @@ class InferenceRequest:
     frequency_penalty: float = 0.0
     ignore_eos: bool = False
     logprobs: bool = False
+    logit_bias: Mapping[int, float] = field(default_factory=dict)
+    """Added to the logits of up to 1024 token ids, from -100 to 100; ids may be given as strings, as JSON has them."""
+    min_tokens: int = 0
+    """So many first tokens end nothing: neither can they be an end token, nor are stop strings looked for in them."""
+    stop_token_ids: Sequence[int] = ()
+    """Up to 64 token ids that end the answer, whatever `ignore_eos` says; kept as a tuple."""
+    top_logprobs: int = 0
+    """How many of the most likely tokens to tell with each one, up to 20; needs `logprobs`."""
 
     def __post_init__(self) -> None:
         _check_common(self)
         _refuse("prompt", text_problem(self.prompt))
         for name, (least, most) in _INTEGERS.items():
-            _refuse(name, integer_problem(getattr(self, name), least, most))
+            value = getattr(self, name)
+            if type(value) is not int or not least <= value <= most:
+                _refuse(name, integer_problem(value, least, most))
         for name, (low, high) in _NUMBERS.items():
             value = getattr(self, name)
             if type(value) is not float or not low <= value <= high:  # a quarter of what naming the problem takes
@@ -84,6 +107,12 @@ class InferenceRequest:
         for name in _FLAGS:
             _refuse(name, flag_problem(getattr(self, name)))
         self.stop = _stop_strings(self.stop)
+        self.logit_bias = _logit_bias(self.logit_bias)
+        self.stop_token_ids = _stop_token_ids(self.stop_token_ids)
+        if self.min_tokens > self.max_tokens:
+            _refuse("min_tokens", f"must be at most max_tokens, {self.max_tokens}; it is {self.min_tokens}")
+        if self.top_logprobs and not self.logprobs:
+            _refuse("top_logprobs", f"needs logprobs to be true; it is {self.top_logprobs}")
 
 
 @dataclass(slots=True)
@@ -127,12 +156,22 @@ Request = InferenceRequest | PredictRequest
 """What goes through the middleware."""
 
 
+class TopLogprob(NamedTuple):
+    """One of the most likely tokens of a position."""
+
+    token: str
+    token_id: int
+    logprob: float
+
+
 @dataclass(frozen=True, slots=True)
 class StreamToken:
     token: str
     token_id: int
     logprob: float | None = None
     is_special: bool = False
+    top_logprobs: tuple[TopLogprob, ...] | None = None
+    """The best first; None where none were asked for, or the model has none to tell."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +254,15 @@ def check_context(prompt_tokens: int, max_tokens: int, max_context: int) -> None
         )
 
 
+def check_token_ids(request: InferenceRequest, vocabulary: int) -> None:
+    """Raises InvalidRequestError where the request names a token that a vocabulary of that size does not have."""
+    for name, ids in (("logit_bias", request.logit_bias), ("stop_token_ids", request.stop_token_ids)):
+        if ids and (largest := max(ids)) >= vocabulary:
+            raise InvalidRequestError(
+                f"{name} has token id {largest}; the model's vocabulary ends with {vocabulary - 1}", name
+            )
+
+
 def check_max_tokens(max_tokens: int, max_context: int) -> None:
     """The same for a model whose prompts are not counted in tokens."""
     if max_tokens > max_context:
@@ -292,6 +340,41 @@ def _stop_strings(value: object) -> tuple[str, ...]:
         if problem:
             raise InvalidRequestError(f"each string of stop {problem}", "stop")
     return tuple(strings)
+
+
+def _logit_bias(value: object) -> dict[int, float]:
+    if not isinstance(value, Mapping):
+        raise InvalidRequestError(
+            f"logit_bias must be an object of token ids with their biases; it is {shown(value)}", "logit_bias"
+        )
+    if len(value) > _MAX_BIASED_TOKENS:
+        raise InvalidRequestError(
+            f"logit_bias must be at most {_MAX_BIASED_TOKENS} token ids; it has {len(value)}", "logit_bias"
+        )
+    biases: dict[int, float] = {}
+    for key, bias in value.items():
+        token = int(key) if isinstance(key, str) and _DECIMAL.fullmatch(key) else key
+        if problem := integer_problem(token, 0, MAX_TOKEN_COUNT):
+            raise InvalidRequestError(f"each token id of logit_bias {problem}", "logit_bias")
+        if problem := number_problem(bias, -_MAX_TOKEN_BIAS, _MAX_TOKEN_BIAS):
+            raise InvalidRequestError(f"each bias of logit_bias {problem}", "logit_bias")
+        if token in biases:
+            raise InvalidRequestError(f"logit_bias has token id {token} twice", "logit_bias")
+        biases[token] = bias
+    return biases
+
+
+def _stop_token_ids(value: object) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise InvalidRequestError(f"stop_token_ids must be a list of token ids; it is {shown(value)}", "stop_token_ids")
+    if len(value) > _MAX_STOP_TOKEN_IDS:
+        raise InvalidRequestError(
+            f"stop_token_ids must be at most {_MAX_STOP_TOKEN_IDS} token ids; it has {len(value)}", "stop_token_ids"
+        )
+    for token in value:
+        if problem := integer_problem(token, 0, MAX_TOKEN_COUNT):
+            raise InvalidRequestError(f"each token id of stop_token_ids {problem}", "stop_token_ids")
+    return tuple(value)
 
 
 def _refuse(name: str, problem: str | None) -> None:

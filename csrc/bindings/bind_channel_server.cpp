@@ -8,6 +8,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -29,6 +30,8 @@ struct Submission {
   SamplingParams sampling;
   std::string request_id;
   std::vector<std::string> stops;
+  std::vector<TokenBias> logit_bias;
+  std::vector<std::int32_t> stop_token_ids;
   py::bytes payload;
 };
 
@@ -48,6 +51,7 @@ class BoundChannelServer {
       const SubmitHeader& header = record.header;
       taken.push_back({slot, header.priority, header.arrival_ns, header.deadline_ns, header.payload_kind,
                        header.answer_kind, header.sampling, std::string(record.request_id), record.stops,
+                       record.logit_bias, record.stop_token_ids,
                        py::bytes(record.payload.data(), record.payload.size())});
     });
     return taken;
@@ -78,7 +82,22 @@ py::dict sampling_of(const Submission& submission) {
   all["ignore_eos"] = sampling.has(SamplingParams::kIgnoreEos);
   all["logprobs"] = sampling.has(SamplingParams::kLogprobs);
   all["seed"] = sampling.seed;
+  py::dict logit_bias;
+  for (const TokenBias& entry : submission.logit_bias) logit_bias[py::int_(entry.token)] = entry.bias;
+  all["logit_bias"] = logit_bias;
+  all["min_tokens"] = sampling.min_tokens;
+  all["stop_token_ids"] = submission.stop_token_ids;
+  all["top_logprobs"] = sampling.top_logprobs;
   return all;
+}
+
+// (text, token id, log-probability) each.
+using TopLogprobs = std::vector<std::tuple<std::string, std::int32_t, float>>;
+
+std::string to_extension(const TopLogprobs& top_logprobs) {
+  std::string extension;
+  for (const auto& [text, token, logprob] : top_logprobs) append_top_logprob(extension, {token, logprob}, text);
+  return extension;
 }
 
 }  // namespace
@@ -118,8 +137,10 @@ void register_channel_server(py::module_& m) {
       .def_property_readonly("answer_kind", [](const Submission& self) { return as_int(self.answer_kind); })
       .def_readonly("request_id", &Submission::request_id)
       .def_readonly("stops", &Submission::stops)
+      .def_readonly("stop_token_ids", &Submission::stop_token_ids)
       .def_readonly("payload", &Submission::payload)
       .def_property_readonly("max_tokens", [](const Submission& self) { return self.sampling.max_tokens; })
+      .def_property_readonly("min_tokens", [](const Submission& self) { return self.sampling.min_tokens; })
       .def("sampling", &sampling_of, "Its sampling parameters by name.");
 
   py::class_<BoundChannelServer>(m, "ChannelServer", "A worker's side of a channel, for models that are called.")
@@ -141,11 +162,12 @@ void register_channel_server(py::module_& m) {
       .def(
           "write_token",
           [](BoundChannelServer& self, std::uint32_t slot, std::string_view text, std::int32_t token_id,
-             std::optional<float> logprob, bool special) {
+             std::optional<float> logprob, bool special, const std::optional<TopLogprobs>& top_logprobs) {
             return self.server().write_token(self.open_slot(slot), text, token_id, logprob.value_or(std::nanf("")),
-                                             special);
+                                             special, top_logprobs ? to_extension(*top_logprobs) : std::string());
           },
-          "slot"_a, "text"_a, "token_id"_a, "logprob"_a, "special"_a, "False: there is no room at the moment.")
+          "slot"_a, "text"_a, "token_id"_a, "logprob"_a, "special"_a, "top_logprobs"_a = py::none(),
+          "False: there is no room at the moment.")
       .def(
           "write_payload",
           [](BoundChannelServer& self, std::uint32_t slot, std::uint8_t kind, const py::bytes& piece) {

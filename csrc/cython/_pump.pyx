@@ -11,9 +11,11 @@ from libc.math cimport NAN, isnan
 from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 from libcpp.memory cimport shared_ptr, unique_ptr
 from libcpp.optional cimport optional
+from libcpp.string cimport string
 from libcpp.utility cimport move
 from rts cimport (
     Channel,
+    CoreTopLogprob,
     EndExtension,
     FrameBuffer,
     PayloadKind,
@@ -23,12 +25,17 @@ from rts cimport (
     StreamFormat,
     StreamSpec,
     StreamTable,
+    TokenBias,
     TokenGaps,
     TokenView,
+    TopLogprobReader,
+    TopLogprobView,
     append_error_event,
+    append_top_logprob,
     kIgnoreEos,
     kLogprobs,
     kMaxPushedTextBytes,
+    kMaxTopLogprobs,
     string_view,
     uint32_span,
 )
@@ -36,6 +43,7 @@ from rts cimport (
 import logging
 
 from realtime_serve.errors import stream_error
+from realtime_serve.types import TopLogprob
 
 log = logging.getLogger("realtime_serve.pump")
 
@@ -55,6 +63,36 @@ _ERRORS = ("", "invalid_logits", "model_failed", "worker_died", "invalid_request
 
 
 cdef SteadyClock CLOCK
+
+
+cdef string to_extension(top_logprobs) except *:
+    """What a token's record has of them."""
+    cdef string extension
+    cdef CoreTopLogprob top
+    cdef bytes encoded
+    if top_logprobs is None:
+        return extension
+    if len(top_logprobs) > kMaxTopLogprobs:
+        raise ValueError(f"a token may have at most {kMaxTopLogprobs} top logprobs; it has {len(top_logprobs)}")
+    for text, token_id, logprob in top_logprobs:
+        encoded = (<str?>text).encode()
+        top.token = token_id
+        top.logprob = logprob
+        append_top_logprob(extension, top, string_view(<const char*>encoded, len(encoded)))
+    return extension
+
+
+cdef tuple from_extension(string_view extension):
+    cdef TopLogprobReader reader = TopLogprobReader(extension)
+    cdef optional[TopLogprobView] top
+    cdef TopLogprobView* value
+    cdef list tops = []
+    while True:
+        top = reader.next()
+        if not top.has_value():
+            return tuple(tops)
+        value = &top.value()
+        tops.append(TopLogprob(value.text.data()[:value.text.size()].decode(), value.token_id, value.logprob))
 
 
 cdef append_error(FrameBuffer* out, str code, str detail):
@@ -158,7 +196,7 @@ cdef class Stream:
     cdef EndExtension final_end
 
     def next_token(self):
-        """(text, token id, logprob or None, is special), or None where there is no token at the moment."""
+        """A StreamToken's values, or None where there is no token at the moment."""
         if not self.is_open:
             return None
         cdef optional[TokenView] taken = self.pump.table.get().next(self.slot)
@@ -167,7 +205,9 @@ cdef class Stream:
         self.pump.table.get().rings_read()
         cdef TokenView* token = &taken.value()
         text = token.text.data()[:token.text.size()].decode()
-        return text, token.token_id, (None if isnan(token.logprob) else token.logprob), bool(token.special)
+        logprob = None if isnan(token.logprob) else token.logprob
+        top_logprobs = None if token.top_logprobs.size() == 0 else from_extension(token.top_logprobs)
+        return text, token.token_id, logprob, bool(token.special), top_logprobs
 
     async def readable(self):
         """Waits until there may be a token, or the stream has ended."""
@@ -221,17 +261,20 @@ cdef class Stream:
             if not waiter.done() and not self.pump.loop.is_closed():
                 waiter.set_result(None)
 
-    def push(self, str text, int32_t token_id, logprob, bint special):
+    def push(self, str text, int32_t token_id, logprob, bint special, top_logprobs=None):
         """Appends a token to a stream that Pump.open made. False: its buffer is full, or it has ended.
 
-        Raises ValueError where the text is longer than any buffer takes.
+        Raises ValueError where the text is longer than any buffer takes, or there are too many top logprobs.
         """
         cdef bytes encoded = text.encode()
-        if len(encoded) > kMaxPushedTextBytes:
-            raise ValueError(f"a token's text may have at most {kMaxPushedTextBytes} bytes; it has {len(encoded)}")
+        cdef string extension = to_extension(top_logprobs)
+        cdef size_t size = len(encoded) + extension.size()
+        if size > kMaxPushedTextBytes:
+            raise ValueError(f"a token's text may have at most {kMaxPushedTextBytes} bytes; it has {size}")
         cdef float value = NAN if logprob is None else logprob
         return self.is_open and self.pump.table.get().push(
-            self.slot, string_view(<const char*>encoded, len(encoded)), token_id, value, special
+            self.slot, string_view(<const char*>encoded, len(encoded)), token_id, value, special,
+            string_view(extension.data(), extension.size())
         )
 
     def push_end(self):
@@ -390,17 +433,26 @@ cdef class Pump:
     def submit(self, *, str request_id, str model, str version, list prompt_ids, int priority, double timeout_s,
                int32_t max_tokens=1, float temperature=1.0, float top_p=1.0, int32_t top_k=0, float min_p=0.0,
                float repetition_penalty=1.0, float presence_penalty=0.0, float frequency_penalty=0.0,
-               bint ignore_eos=False, bint logprobs=False, uint64_t seed=0, stop=(), int payload_kind=0,
+               bint ignore_eos=False, bint logprobs=False, uint64_t seed=0, stop=(), logit_bias={},
+               int32_t min_tokens=0, stop_token_ids=(), uint32_t top_logprobs=0, int payload_kind=0,
                int answer_kind=0, bytes payload=b""):
         """Queues a request; its Stream, or None where there is no room for one more."""
         cdef StreamSpec spec
+        cdef TokenBias biased
         spec.request_id = request_id.encode()
         spec.model = model.encode()
         spec.version = version.encode()
         spec.prompt = prompt_ids
         for text in stop:
             spec.stops.push_back((<str>text).encode())
+        for token, bias in logit_bias.items():
+            biased.token = token
+            biased.bias = bias
+            spec.logit_bias.push_back(biased)
+        for token in stop_token_ids:
+            spec.stop_token_ids.push_back(token)
         spec.sampling.max_tokens = max_tokens
+        spec.sampling.min_tokens = min_tokens
         spec.sampling.temperature = temperature
         spec.sampling.top_p = top_p
         spec.sampling.top_k = top_k
@@ -409,6 +461,7 @@ cdef class Pump:
         spec.sampling.presence_penalty = presence_penalty
         spec.sampling.frequency_penalty = frequency_penalty
         spec.sampling.flags = (kIgnoreEos if ignore_eos else 0) | (kLogprobs if logprobs else 0)
+        spec.sampling.top_logprobs = top_logprobs
         spec.sampling.seed = seed
         spec.priority = <Priority><uint8_t>priority
         spec.payload_kind = <PayloadKind><uint8_t>payload_kind

@@ -33,6 +33,10 @@ cdef extern from "rts/request.hpp" namespace "rts" nogil:
     cdef enum SamplingFlag "rts::SamplingParams::Flag":
         kIgnoreEos "rts::SamplingParams::kIgnoreEos"
         kLogprobs "rts::SamplingParams::kLogprobs"
+    cdef cppclass TokenBias:
+        int32_t token
+        float bias
+    const uint32_t kMaxTopLogprobs
     cdef cppclass SamplingParams:
         float temperature
         float top_p
@@ -42,7 +46,9 @@ cdef extern from "rts/request.hpp" namespace "rts" nogil:
         float presence_penalty
         float frequency_penalty
         int32_t max_tokens
+        int32_t min_tokens
         uint32_t flags
+        uint32_t top_logprobs
         uint64_t seed
     cdef cppclass EndExtension:
         uint32_t prompt_tokens
@@ -51,6 +57,20 @@ cdef extern from "rts/request.hpp" namespace "rts" nogil:
         int64_t prefill_ns
         int64_t decode_ns
         int64_t stalled_ns
+
+cdef extern from "rts/top_logprobs.hpp" namespace "rts" nogil:
+    cdef cppclass CoreTopLogprob "rts::TopLogprob":
+        int32_t token
+        float logprob
+    cdef cppclass TopLogprobView:
+        string_view text
+        int32_t token_id
+        float logprob
+    cdef cppclass TopLogprobReader:
+        TopLogprobReader()
+        TopLogprobReader(string_view)
+        optional[TopLogprobView] next()
+    void append_top_logprob(string&, CoreTopLogprob, string_view)
 
 cdef extern from "rts/clock.hpp" namespace "rts" nogil:
     cdef cppclass Clock:
@@ -99,6 +119,8 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         string version
         vector[int32_t] prompt
         vector[string] stops
+        vector[TokenBias] logit_bias
+        vector[int32_t] stop_token_ids
         SamplingParams sampling
         Priority priority
         PayloadKind payload_kind
@@ -106,6 +128,7 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         string payload
     cdef cppclass TokenView:
         string_view text
+        string_view top_logprobs
         int32_t token_id
         uint32_t index
         float logprob
@@ -114,7 +137,7 @@ cdef extern from "rts/stream_table.hpp" namespace "rts" nogil:
         StreamTable(shared_ptr[Channel], const Clock&) except +
         optional[uint32_t] submit(StreamSpec, int64_t) except +
         optional[uint32_t] open(int64_t)
-        cbool push(uint32_t, string_view, int32_t, float, cbool)
+        cbool push(uint32_t, string_view, int32_t, float, cbool, string_view)
         cbool push_end(uint32_t)
         uint32_span collect()
         cbool arm()

@@ -44,7 +44,7 @@ std::vector<std::uint32_t> ChannelServer::cancelled() {
 std::vector<std::uint32_t> ChannelServer::with_room() {
   std::vector<std::uint32_t> roomy;
   for (std::uint32_t slot = 0; stalled_ != 0 && slot < slots_.size(); ++slot) {
-    if (!slots_[slot].is_stalled || !has_room(slots_[slot], kMaxPieceBytes)) continue;
+    if (!slots_[slot].is_stalled || !has_room(slots_[slot])) continue;
     resume(slots_[slot]);
     roomy.push_back(slot);
   }
@@ -62,13 +62,13 @@ void ChannelServer::start(std::uint32_t slot) {
 }
 
 bool ChannelServer::write_token(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob,
-                                bool special) {
+                                bool special, std::string_view top_logprobs) {
   TokenHeader header;
   header.index = slots_[slot].written;
   header.token_id = token_id;
   header.logprob = logprob;
   header.flags = special ? TokenHeader::kSpecial : 0;
-  if (!write(slot, header, text)) return false;
+  if (!write(slot, header, text, top_logprobs)) return false;
   ++slots_[slot].written;
   return true;
 }
@@ -80,11 +80,11 @@ bool ChannelServer::write_payload(std::uint32_t slot, PayloadKind kind, std::str
   return write(slot, header, piece);
 }
 
-bool ChannelServer::write(std::uint32_t at, TokenHeader header, std::string_view bytes) {
+bool ChannelServer::write(std::uint32_t at, TokenHeader header, std::string_view bytes, std::string_view top_logprobs) {
   Slot& slot = slots_[at];
-  if (!slot.is_open || bytes.size() > kMaxPieceBytes) return false;
+  if (!slot.is_open || bytes.size() > kMaxPieceBytes || top_logprobs.size() > kMaxExtensionBytes) return false;
   const std::int64_t now_ns = clock_.now_ns();
-  if (!has_room(slot, kMaxPieceBytes)) {
+  if (!has_room(slot)) {
     if (!slot.is_stalled) {
       slot.is_stalled = true;
       slot.stalled_since_ns = now_ns;
@@ -94,7 +94,7 @@ bool ChannelServer::write(std::uint32_t at, TokenHeader header, std::string_view
     return false;
   }
   if (slot.is_stalled) resume(slot);
-  slot.writer.write_token(header, bytes);
+  slot.writer.write_token(header, bytes, top_logprobs);
   if (slot.first_ns == 0) slot.first_ns = now_ns;
   slot.last_ns = now_ns;
   channel_->mark_ready(at);
@@ -163,7 +163,7 @@ bool ChannelServer::arm() {
 
 bool ChannelServer::any_room() {
   if (stalled_ == 0) return false;
-  return std::ranges::any_of(slots_, [&](Slot& slot) { return slot.is_stalled && has_room(slot, kMaxPieceBytes); });
+  return std::ranges::any_of(slots_, [&](Slot& slot) { return slot.is_stalled && has_room(slot); });
 }
 
 }  // namespace rts

@@ -19,8 +19,10 @@ namespace {
 bool usable(const SamplingParams& params) {
   constexpr float kLargest = std::numeric_limits<float>::max();
   const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
-  return params.max_tokens >= 1 && within(params.temperature, 0, kLargest) && within(params.top_p, 0, 1) &&
-         within(params.min_p, 0, 1) && within(params.repetition_penalty, std::numeric_limits<float>::min(), kLargest) &&
+  return params.max_tokens >= 1 && params.min_tokens >= 0 && params.min_tokens <= params.max_tokens &&
+         params.top_logprobs <= kMaxTopLogprobs && within(params.temperature, 0, kLargest) &&
+         within(params.top_p, 0, 1) && within(params.min_p, 0, 1) &&
+         within(params.repetition_penalty, std::numeric_limits<float>::min(), kLargest) &&
          within(params.presence_penalty, -kLargest, kLargest) && within(params.frequency_penalty, -kLargest, kLargest);
 }
 
@@ -50,8 +52,9 @@ EngineCore::EngineCore(const EngineConfig& config, std::shared_ptr<const Vocabul
       scheduler_(config.scheduler, blocks_, waiting_.heap()),
       assembler_(config.scheduler),
       publisher_(vocabulary),
-      sampler_(static_cast<std::uint32_t>(vocabulary->size())),
+      sampler_(static_cast<std::uint32_t>(vocabulary->size()), vocabulary->eos_ids()),
       wake_fd_(::eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK)),
+      top_logprobs_(config.scheduler.max_sequences),
       max_context_(config.scheduler.max_context) {
   if (wake_fd_.get() < 0) throw std::system_error(errno, std::generic_category(), "eventfd");
 }
@@ -160,6 +163,16 @@ bool EngineCore::take_content(const SubmitRecord& record, Sequence& sequence) co
   const auto usable_stop = [](const std::string& stop) { return !stop.empty() && stop.size() <= kMaxStopBytes; };
   if (record.stops.size() > kMaxStopStrings || !std::ranges::all_of(record.stops, usable_stop)) return false;
   if (!record.stops.empty()) sequence.stop_matcher = StopMatcher(record.stops);
+
+  const auto usable_bias = [&](const TokenBias& entry) {
+    return known(entry.token) && entry.bias >= -kMaxTokenBias && entry.bias <= kMaxTokenBias;
+  };
+  if (record.logit_bias.size() > kMaxBiasedTokens || !std::ranges::all_of(record.logit_bias, usable_bias)) return false;
+  if (record.stop_token_ids.size() > kMaxStopTokenIds || !std::ranges::all_of(record.stop_token_ids, known)) {
+    return false;
+  }
+  sequence.logit_bias = record.logit_bias;
+  sequence.stop_token_ids = record.stop_token_ids;
   return true;
 }
 
@@ -205,10 +218,12 @@ void EngineCore::sample(std::span<const float> logits) {
   for (const PlanRow& row : plan_->rows) {
     if (!row.sample) continue;
     const Sequence& sequence = *row.sequence;
-    const Sampler::Choice choice = sampler_.sample(logits.subspan(at * vocabulary, vocabulary), sequence.sampling,
-                                                   sequence.tokens, sequence.prompt_tokens, sequence.generated());
+    const Sampler::Choice choice = sampler_.sample(
+        logits.subspan(at * vocabulary, vocabulary), sequence.sampling, sequence.tokens, sequence.prompt_tokens,
+        sequence.generated(), {.logit_bias = sequence.logit_bias, .stop_token_ids = sequence.stop_token_ids});
     sampled_[at] = choice.token;
     logprobs_[at] = choice.logprob;
+    top_logprobs_[at].assign(choice.top.begin(), choice.top.end());
     ++at;
   }
 }
@@ -222,7 +237,8 @@ void EngineCore::commit() {
   std::size_t at = 0;
   for (const PlanRow& row : plan_->rows) {
     if (!row.sample) continue;
-    publish(*row.sequence, logprobs_[at], now_ns);
+    publish(*row.sequence, logprobs_[at], top_logprobs_[at], now_ns);
+    top_logprobs_[at].clear();  // the next step's model may sample by itself
     ++at;
   }
   count_step(*plan_);
@@ -262,13 +278,14 @@ void EngineCore::abort() {
   for (const PlanRow& row : plan_->rows) finish(*row.sequence, FinishReason::kError, StreamError::kModelFailed);
   // Tokens of finished sequences are dropped, whatever they are.
   std::fill_n(sampled_, plan_->samples, 0);
+  for (std::vector<TopLogprob>& top : top_logprobs_) top.clear();
   scheduler_.commit(*plan_, {sampled_, plan_->samples});
   plan_ = nullptr;
   collect_released();
   ring_front_ends();
 }
 
-void EngineCore::publish(Sequence& sequence, float logprob, std::int64_t now_ns) {
+void EngineCore::publish(Sequence& sequence, float logprob, std::span<const TopLogprob> top, std::int64_t now_ns) {
   if (!owns_slot(sequence)) return;
   Attached& to = *channels_[sequence.channel];
   TokenWriter& writer = to.writers[sequence.slot];
@@ -278,7 +295,7 @@ void EngineCore::publish(Sequence& sequence, float logprob, std::int64_t now_ns)
   while (sequence.published < sequence.generated()) {
     const std::int32_t token = sequence.tokens[sequence.prompt_tokens + sequence.published];
     const bool is_last = sequence.finish != FinishReason::kNone && sequence.published + 1 == sequence.generated();
-    if (publisher_.publish(sequence, writer, token, shown, is_last) == FinishReason::kStop) {
+    if (publisher_.publish(sequence, writer, token, shown, is_last, top) == FinishReason::kStop) {
       // Its last token may be both. A stop is the better news: the answer is whole.
       if (sequence.finish == FinishReason::kLength) sequence.finish = FinishReason::kStop;
       finish(sequence, FinishReason::kStop);
@@ -289,7 +306,7 @@ void EngineCore::publish(Sequence& sequence, float logprob, std::int64_t now_ns)
   to.channel->mark_ready(sequence.slot);
   if (sequence.finish != FinishReason::kNone) {
     end_stream(sequence);
-  } else if (!writer.has_room()) {
+  } else if (!writer.has_room(sequence.sampling.top_logprobs)) {
     stall(sequence, now_ns);
   }
 }
@@ -305,7 +322,7 @@ void EngineCore::resume_stalled() {
   if (stalled_.empty()) return;
   const std::int64_t now_ns = clock_.now_ns();
   std::erase_if(stalled_, [&](Sequence* sequence) {
-    if (!channels_[sequence->channel]->writers[sequence->slot].has_room()) return false;
+    if (!has_room(*sequence)) return false;
     sequence->stalled_ns += now_ns - sequence->stalled_since_ns;
     sequence->stalled_since_ns = 0;
     sequence->paused = sequence->pause_asked;
@@ -396,9 +413,11 @@ bool EngineCore::has_news() const {
     if (channel.header().control_epoch.load(std::memory_order_acquire) != attached->control_epoch) return true;
     if (!attached->channel->lanes().empty()) return true;
   }
-  return std::any_of(stalled_.begin(), stalled_.end(), [this](const Sequence* sequence) {
-    return channels_[sequence->channel]->writers[sequence->slot].has_room();
-  });
+  return std::ranges::any_of(stalled_, [this](const Sequence* sequence) { return has_room(*sequence); });
+}
+
+bool EngineCore::has_room(const Sequence& sequence) const {
+  return channels_[sequence.channel]->writers[sequence.slot].has_room(sequence.sampling.top_logprobs);
 }
 
 std::optional<ModelFailure> EngineCore::run(NativeModel& model) {

@@ -71,7 +71,8 @@ void Scheduler::add_prompts(Plan& plan, std::int64_t now_ns) {
   const auto add = [&](Sequence& sequence) {
     if (!memory_.pass_over_computed(sequence)) return;
     const std::uint32_t positions = runnable(sequence);
-    prompts_.push_back({&sequence, positions});
+    // In order at once: a stable sort would allocate in each step.
+    prompts_.insert(std::ranges::upper_bound(prompts_, positions, {}, &Prompt::left), {&sequence, positions});
     claimed += std::min(positions, part);
   };
   for (Sequence* sequence : running_) {
@@ -84,7 +85,6 @@ void Scheduler::add_prompts(Plan& plan, std::int64_t now_ns) {
     Sequence& admitted = **waiting_.pop(now_ns);
     if (runnable(admitted) > 0) add(admitted);
   }
-  std::ranges::stable_sort(prompts_, {}, &Prompt::left);
   auto sharing = static_cast<std::uint32_t>(prompts_.size());
   for (const Prompt& prompt : prompts_) {
     const std::uint32_t even = (left + sharing - 1) / sharing;

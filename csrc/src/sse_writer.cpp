@@ -8,6 +8,8 @@
 #include <cstring>
 #include <utility>
 
+#include "rts/top_logprobs.hpp"
+
 namespace rts {
 namespace {
 
@@ -273,6 +275,27 @@ void append_token_object(FrameBuffer& elements, std::int32_t token_id, std::stri
   to = put(to, R"(,"logprob":)");
   to = put_number_or_null(to, logprob);
   elements.commit(put(to, "}"));
+}
+
+void insert_top_logprobs(FrameBuffer& out, std::string_view closing, std::string_view top_logprobs) {
+  constexpr std::size_t kLiterals = 64;
+  out.drop(closing.size());
+  out.append(R"(,"top_logprobs":[)");
+  TopLogprobReader reader(top_logprobs);
+  bool is_first = true;
+  while (const std::optional<TopLogprobView> top = reader.next()) {
+    char* to = out.room(kLiterals + 2 * kNumberBytes + escaped_room(top->text.size()));
+    if (!std::exchange(is_first, false)) *to++ = ',';
+    to = put(to, R"({"token":")");
+    to = put_escaped(to, top->text);
+    to = put(to, R"(","token_id":)");
+    to = put_number(to, top->token_id);
+    to = put(to, R"(,"logprob":)");
+    to = put_number_or_null(to, top->logprob);
+    out.commit(put(to, "}"));
+  }
+  out.append("]");
+  out.append(closing);
 }
 
 void append_answer(FrameBuffer& out, const EndOfStream& end, std::string_view token_objects, std::string_view text) {

@@ -74,7 +74,12 @@ bool StreamTable::queue(std::uint32_t slot, Stream& stream) {
   header.sampling = spec.sampling;
   header.slot = slot;
   header.priority = spec.priority;
-  SubmitContent content{.prompt = spec.prompt, .stops = spec.stops, .request_id = {}, .payload = {}};
+  SubmitContent content{.prompt = spec.prompt,
+                        .stops = spec.stops,
+                        .request_id = {},
+                        .payload = {},
+                        .logit_bias = spec.logit_bias,
+                        .stop_token_ids = spec.stop_token_ids};
   if (spec.payload_kind != PayloadKind::kNone) {
     header.payload_kind = spec.payload_kind;
     header.answer_kind = spec.answer_kind;
@@ -105,16 +110,17 @@ std::optional<std::uint32_t> StreamTable::open(std::int64_t timeout_ns) {
   return slot;
 }
 
-bool StreamTable::push(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob, bool special) {
+bool StreamTable::push(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob, bool special,
+                       std::string_view top_logprobs) {
   Stream& to = stream(slot);
   if (!to.push_open || to.state != State::kOpen || to.ring.records() >= channel_->config().ring_records) return false;
-  if (!to.writer->has_room_for(text.size())) return false;
+  if (!to.writer->has_room_for(text.size() + top_logprobs.size())) return false;
   TokenHeader header;
   header.index = to.pushed;
   header.token_id = token_id;
   header.logprob = logprob;
   header.flags = special ? TokenHeader::kSpecial : 0;
-  if (!to.writer->write_token(header, text)) return false;
+  if (!to.writer->write_token(header, text, top_logprobs)) return false;
   ++to.pushed;
   announce(slot);
   return true;
@@ -216,8 +222,10 @@ std::uint32_t StreamTable::drain(std::uint32_t slot, FrameBuffer& out) {
         from.text.append(record.text);
       } else if (from.format == StreamFormat::kEvents) {
         append_token_event(out, header.index, header.token_id, record.text, header.logprob);
+        if (header.extension_bytes != 0) insert_top_logprobs(out, kTokenEventEnd, record.top_logprobs());
       } else {
         append_token_object(from.json_tokens, header.token_id, record.text, header.logprob);
+        if (header.extension_bytes != 0) insert_top_logprobs(from.json_tokens, kTokenObjectEnd, record.top_logprobs());
         from.text.append(record.text);
       }
     }
@@ -245,8 +253,9 @@ std::optional<TokenView> StreamTable::next(std::uint32_t slot) {
   std::optional<TokenView> token;
   if (take(from, record)) {
     from.text.assign(record.text);  // the ring's bytes are given back below
-    token = TokenView{from.text, record.header.token_id, record.header.index, record.header.logprob,
-                      (record.header.flags & TokenHeader::kSpecial) != 0};
+    from.top_logprobs.assign(record.top_logprobs());
+    token = TokenView{from.text,           from.top_logprobs,     record.header.token_id,
+                      record.header.index, record.header.logprob, (record.header.flags & TokenHeader::kSpecial) != 0};
   }
   from.ring.pop();
   from.ring.release();

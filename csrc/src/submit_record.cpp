@@ -11,11 +11,28 @@ namespace {
 
 constexpr std::size_t kTailAlignment = 4;
 
+template <class T>
+std::string_view as_text(std::span<const T> values) {
+  return {reinterpret_cast<const char*>(values.data()), values.size_bytes()};
+}
+
+// False: they are not whole.
+template <class T>
+bool append_values(std::string_view bytes, std::vector<T>& values) {
+  if (bytes.size() % sizeof(T) != 0) return false;
+  const std::size_t before = values.size();
+  values.resize(before + bytes.size() / sizeof(T));
+  if (!bytes.empty()) std::memcpy(values.data() + before, bytes.data(), bytes.size());
+  return true;
+}
+
 template <class Visit>
 void each_tail_entry(const SubmitContent& content, Visit&& visit) {
   for (const std::string& stop : content.stops) visit(TailHeader::kStopString, std::string_view(stop));
   if (!content.request_id.empty()) visit(TailHeader::kRequestId, content.request_id);
   if (!content.payload.empty()) visit(TailHeader::kPayload, content.payload);
+  if (!content.logit_bias.empty()) visit(TailHeader::kLogitBias, as_text(content.logit_bias));
+  if (!content.stop_token_ids.empty()) visit(TailHeader::kStopTokenIds, as_text(content.stop_token_ids));
 }
 
 std::uint64_t tail_bytes(const SubmitContent& content) {
@@ -37,6 +54,8 @@ bool read_tail(std::span<const std::byte> tail, SubmitRecord& record) {
     if (entry.type == TailHeader::kStopString) record.stops.emplace_back(bytes);
     if (entry.type == TailHeader::kRequestId) record.request_id = bytes;
     if (entry.type == TailHeader::kPayload) record.payload = bytes;
+    if (entry.type == TailHeader::kLogitBias && !append_values(bytes, record.logit_bias)) return false;
+    if (entry.type == TailHeader::kStopTokenIds && !append_values(bytes, record.stop_token_ids)) return false;
     tail = tail.subspan(padded);
   }
   return true;

@@ -95,6 +95,64 @@ std::size_t find_first(std::span<const float> values, float value) noexcept {
 }
 
 RTS_FOR_EACH_ISA
+void copy_allowed(std::span<const float> values, std::span<const std::uint32_t> allowed,
+                  std::span<float> out) noexcept {
+  constexpr std::size_t kBits = 32;
+  constexpr float kRuledOut = -std::numeric_limits<float>::infinity();
+  const float* const in = values.data();
+  float* const to = out.data();
+  const std::size_t whole = values.size() / kBits * kBits;
+  for (std::size_t start = 0; start < whole; start += kBits) {
+    const std::uint32_t bits = allowed[start / kBits];
+    for (std::uint32_t bit = 0; bit < kBits; ++bit) {
+      to[start + bit] = (bits & (1U << bit)) != 0 ? in[start + bit] : kRuledOut;
+    }
+  }
+  for (std::size_t i = whole; i < values.size(); ++i) {
+    to[i] = (allowed[i / kBits] & (1U << (i % kBits))) != 0 ? in[i] : kRuledOut;
+  }
+}
+
+RTS_FOR_EACH_ISA
+double sum_above(std::span<const float> values, float least) noexcept {
+  const float* const in = values.data();
+  double total = 0;
+  for (std::size_t start = 0; start < values.size(); start += kWeightBlock) {
+    const std::size_t end = std::min(values.size(), start + kWeightBlock);
+    const std::size_t whole = start + (end - start) / kLanes * kLanes;
+    float sums[kLanes] = {};
+    for (std::size_t i = start; i < whole; i += kLanes) {
+      for (std::size_t lane = 0; lane < kLanes; ++lane) sums[lane] += in[i + lane] >= least ? in[i + lane] : 0.0F;
+    }
+    for (std::size_t i = whole; i < end; ++i) sums[i - whole] += in[i] >= least ? in[i] : 0.0F;
+    for (const float sum : sums) total += sum;
+  }
+  return total;
+}
+
+RTS_FOR_EACH_ISA
+std::size_t find_above(std::span<const float> values, float least, std::span<std::int32_t> found) noexcept {
+  constexpr std::size_t kStride = 2 * kLanes;
+  const float* const in = values.data();
+  std::int32_t* const out = found.data();
+  std::size_t count = 0;
+  const auto look_at = [&](std::size_t i) {
+    // Written in any case and counted if wanted: a branch here is mispredicted.
+    out[count] = static_cast<std::int32_t>(i);
+    count += in[i] >= least ? 1 : 0;
+  };
+  std::size_t i = 0;
+  for (; i + kStride <= values.size(); i += kStride) {
+    std::int32_t any = 0;
+    for (std::size_t j = 0; j < kStride; ++j) any |= in[i + j] >= least ? 1 : 0;
+    if (any == 0) continue;
+    for (std::size_t j = 0; j < kStride; ++j) look_at(i + j);
+  }
+  for (; i < values.size(); ++i) look_at(i);
+  return count;
+}
+
+RTS_FOR_EACH_ISA
 double exp_weights(std::span<const float> values, float shift, float scale, std::span<float> weights,
                    std::span<double> block_sums) noexcept {
   const float* const in = values.data();

@@ -51,7 +51,7 @@ std::size_t text_bytes(std::string_view token) {
 
 Vocabulary::Vocabulary(const std::vector<std::string>& token_bytes, const std::vector<std::int32_t>& special_ids,
                        const std::vector<std::int32_t>& eos_ids)
-    : flags_(token_bytes.size()) {
+    : flags_(token_bytes.size()), eos_ids_(eos_ids) {
   mark(special_ids, kSpecial, "special");
   mark(eos_ids, kEos, "end-of-sequence");
 

@@ -83,9 +83,13 @@ class Call:
 
     async def write_token(self, token: StreamToken) -> None:
         self._check_open()
+        top_logprobs = token.top_logprobs
         for text in _pieces(token.token):
-            while not self.server.write_token(self.slot, text, token.token_id, token.logprob, token.is_special):
+            while not self.server.write_token(
+                self.slot, text, token.token_id, token.logprob, token.is_special, top_logprobs
+            ):
                 await self._wait_for_room()
+            top_logprobs = None
         self.server.flush()
 
     async def write_payload(self, payload: Payload) -> None:

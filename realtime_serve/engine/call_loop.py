@@ -281,11 +281,13 @@ class CallLoop:
             call.raised(error)
 
     async def _write_tokens(self, call: Call) -> FinishReason:
-        """Up to max_tokens tokens or a stop string; why it ended. While a stop string may have begun, a token is kept
+        """Up to max_tokens tokens, one of stop_token_ids or a stop string, which the first min_tokens are not searched
+        for; why it ended. While a stop string may have begun, a token is kept
         until the next one is there: if none comes, it gets the text that was held back."""
         submission = call.submission
         sampling = submission.sampling() | {"stop": submission.stops}
         stops = StopMatcher(submission.stops)
+        min_tokens, stop_token_ids = submission.min_tokens, submission.stop_token_ids
         held: StreamToken | None = None
         count = held_back = 0  # tokens; characters
         stopped = False
@@ -297,7 +299,11 @@ class CallLoop:
                     await call.write_token(held)
                     held = None
                 count += 1
-                text, stopped = stops.push(token.token)
+                text = token.token
+                if count > min_tokens:
+                    text, stopped = stops.push(text)
+                    if token.token_id in stop_token_ids and not stopped:
+                        text, stopped = text + stops.flush(), True
                 held_back += len(token.token) - len(text)
                 if stopped or count == submission.max_tokens or held_back:
                     held = replace(token, token=text)

@@ -80,6 +80,10 @@ class ChannelClient:
             logprobs=request.logprobs,
             seed=new_seed() if request.seed is None else request.seed,
             stop=request.stop,
+            logit_bias=request.logit_bias,
+            min_tokens=request.min_tokens,
+            stop_token_ids=request.stop_token_ids,
+            top_logprobs=request.top_logprobs,
             priority=request.priority._value_,  # `value` is a property written in Python
             timeout_s=request.timeout,
             **(self._payload(prompt) if isinstance(prompt, Payload) else {}),

@@ -68,6 +68,10 @@ class LoadSpec:
 class FrontTokenizer(Protocol):
     """What the front end needs of a tokenizer."""
 
+    @property
+    def size(self) -> int:
+        """One more than the largest token id."""
+
     def encode(self, text: str) -> list[int]: ...
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from support import DEADLINE_S, until
 
-from realtime_serve import BatchConfig, BatchScheduler, RequestPriority, StreamToken
+from realtime_serve import BatchConfig, BatchScheduler, RequestPriority, StreamToken, TopLogprob
 from realtime_serve._core import ChannelServer, PayloadKind
 from realtime_serve.engine import call_loop
 from realtime_serve.engine.call_loop import CallLoop
@@ -748,6 +748,14 @@ async def test_logprobs_and_special_tokens(start: Start) -> None:
     assert await tokens(stream) == [StreamToken("a", 1, -0.5, True), StreamToken("b", 2, -2.0), StreamToken("c", 3)]
 
 
+async def test_top_logprobs(start: Start) -> None:
+    given = [StreamToken("x" * 5000, 1, -0.5, top_logprobs=[("a", np.int64(1), np.float32(-0.5)), ("b", 2, -1)])]
+    first, *others = await tokens(generate(start(Says(lambda: given)).connect(), logprobs=True, top_logprobs=2))
+    assert first.top_logprobs == (TopLogprob("a", 1, -0.5), TopLogprob("b", 2, -1.0))
+    assert others, "a long text comes in pieces"
+    assert all(token.top_logprobs is None for token in others)
+
+
 @pytest.mark.parametrize(
     ("answer", "message"),
     [
@@ -772,6 +780,11 @@ async def test_logprobs_and_special_tokens(start: Start) -> None:
         (lambda: [StreamToken("x", None)], "token_id, None, is no 32-bit integer"),
         (lambda: [StreamToken("x", 1.0)], "token_id, 1.0, is no 32-bit integer"),
         (lambda: [StreamToken("x", 1, "high")], "logprob is 'high', not a number"),
+        (lambda: [StreamToken("x", 1, top_logprobs=3)], "top_logprobs, 3, are not (text, token id, logprob) each"),
+        (lambda: [StreamToken("x", 1, top_logprobs=[("x", 1)])], "are not (text, token id, logprob) each"),
+        (lambda: [StreamToken("x", 1, top_logprobs=[("x", 1, None)])], "are not (text, token id, logprob) each"),
+        (lambda: [StreamToken("x", 1, top_logprobs=[(b"x", 1, -1.0)])], "a token whose text is a bytes"),
+        (lambda: [StreamToken("x", 1, top_logprobs=[("x", 1, -1.0)] * 21)], "a token with 21 top_logprobs; at most 20"),
     ],
 )
 async def test_nonsense_of_generate_is_named(start: Start, answer: Callable[[], Any], message: str) -> None:
@@ -1062,7 +1075,8 @@ class TakesByPosition(Takes):
             {
                 "max_tokens": 9, "temperature": 0.5, "top_p": 0.25, "top_k": 3, "min_p": 0.125,
                 "repetition_penalty": 1.5, "presence_penalty": 0.5, "frequency_penalty": -0.5, "ignore_eos": True,
-                "logprobs": True, "seed": 2**64 - 1, "stop": ["x", "y"],
+                "logprobs": True, "seed": 2**64 - 1, "stop": ["x", "y"], "logit_bias": {7: -1.5, 2**31 - 1: 2.0},
+                "min_tokens": 2, "stop_token_ids": [5, 4], "top_logprobs": 3,
             },
         ),
     ],
@@ -1072,7 +1086,8 @@ async def test_generate_gets_what_it_takes(start: Start, kind: type[Takes], seen
     stream = generate(
         start(model).connect(), "prompt é", max_tokens=9, temperature=0.5, top_p=0.25, top_k=3, min_p=0.125,
         repetition_penalty=1.5, presence_penalty=0.5, frequency_penalty=-0.5, ignore_eos=True, logprobs=True,
-        seed=2**64 - 1, stop=["x", "y"],
+        seed=2**64 - 1, stop=["x", "y"], logit_bias={7: -1.5, 2**31 - 1: 2.0}, min_tokens=2, stop_token_ids=[5, 4],
+        top_logprobs=3,
     )  # fmt: skip
     assert await text(stream) == "prompt é"
     assert model.seen == seen

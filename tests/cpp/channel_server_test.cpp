@@ -112,6 +112,18 @@ TEST_F(ChannelServerTest, TokensAreCounted) {
   EXPECT_EQ(table_.finish(slot), FinishReason::kLength);
 }
 
+TEST_F(ChannelServerTest, ATokenMayHaveTopLogprobs) {
+  const std::uint32_t slot = submit("x");
+  take();
+  std::string extension;
+  append_top_logprob(extension, {7, -0.5F}, "alt");
+  const std::string too_many(max_top_logprobs_bytes(kMaxTopLogprobs) + 1, 't');
+  EXPECT_TRUE(server_.write_token(slot, std::string(ChannelServer::kMaxPieceBytes, 'a'), 7, 0.5F, false, extension));
+  EXPECT_FALSE(server_.write_token(slot, "b", 7, 0.5F, false, too_many));
+  table_.collect();
+  EXPECT_EQ(table_.next(slot)->top_logprobs, extension);
+}
+
 TEST_F(ChannelServerTest, HighPriorityIsTakenFirst) {
   submit("low", Priority::kLow);
   submit("normal", Priority::kNormal);

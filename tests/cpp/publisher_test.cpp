@@ -6,6 +6,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <memory>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -21,14 +23,16 @@ struct Record {
   TokenHeader header;
   std::string text;
   EndExtension end;
+  std::string top_logprobs;
 };
 
 class PublisherTest : public testing::Test {
  protected:
   PublisherTest() { sequence_.prompt_tokens = 3; }
 
-  FinishReason publish(std::int32_t token, bool last = false, float logprob = 0.0F) {
-    return publisher_.publish(sequence_, writer_, token, logprob, last);
+  FinishReason publish(std::int32_t token, bool last = false, float logprob = 0.0F,
+                       std::span<const TopLogprob> top = {}) {
+    return publisher_.publish(sequence_, writer_, token, logprob, last, top);
   }
   void stop_at(const std::vector<std::string>& stops) { sequence_.stop_matcher = StopMatcher(stops); }
 
@@ -37,7 +41,7 @@ class PublisherTest : public testing::Test {
     for (auto bytes = reader_.front(); !bytes.empty(); bytes = reader_.front()) {
       const TokenRecord record(bytes);
       EXPECT_TRUE(record.valid);
-      records.push_back({record.header, std::string(record.text), record.end()});
+      records.push_back({record.header, std::string(record.text), record.end(), std::string(record.top_logprobs())});
       reader_.pop();
     }
     reader_.release();
@@ -136,6 +140,57 @@ TEST_F(PublisherTest, IgnoreEosGoesOn) {
   EXPECT_EQ(publish(kEos), FinishReason::kNone);
   EXPECT_EQ(publish(0), FinishReason::kNone);
   EXPECT_EQ(texts(), (std::vector<std::string>{"", "he"}));
+}
+
+TEST_F(PublisherTest, AStopTokenEndsAndIsShown) {
+  sequence_.stop_token_ids = {4, 1};
+  sequence_.sampling.flags = SamplingParams::kIgnoreEos;
+  stop_at({"hex"});
+  EXPECT_EQ(publish(kEos), FinishReason::kNone);
+  EXPECT_EQ(publish(0), FinishReason::kNone);
+  EXPECT_EQ(publish(1), FinishReason::kStop);
+  EXPECT_EQ(texts(), (std::vector<std::string>{"", "", "hello"}));
+}
+
+TEST_F(PublisherTest, TheFirstMinTokensEndNothing) {
+  sequence_.sampling.min_tokens = 3;
+  sequence_.stop_token_ids = {0};
+  EXPECT_EQ(publish(kEos), FinishReason::kNone);
+  EXPECT_EQ(publish(0), FinishReason::kNone);
+  EXPECT_EQ(publish(1), FinishReason::kNone);
+  EXPECT_EQ(publish(kEos), FinishReason::kStop);
+  sequence_.published = 3;
+  EXPECT_EQ(publish(0), FinishReason::kStop);
+}
+
+// Not even one whose end comes later: the text of those tokens is not searched at all.
+TEST_F(PublisherTest, StopStringsAreLookedForAfterMinTokens) {
+  sequence_.sampling.min_tokens = 2;
+  stop_at({"END", "!he"});
+  EXPECT_EQ(publish(4), FinishReason::kNone);
+  EXPECT_EQ(publish(7), FinishReason::kNone);
+  EXPECT_EQ(publish(8), FinishReason::kNone);
+  EXPECT_EQ(publish(0), FinishReason::kStop);
+  EXPECT_EQ(texts(), (std::vector<std::string>{" END", "E", "ND", ""}));
+}
+
+TEST_F(PublisherTest, TopLogprobsComeWithTheirTexts) {
+  const std::vector<TopLogprob> top{{1, -0.25F}, {2, -1.5F}, {kEos, -2.0F}};
+  publish(0, false, -3.0F, top);
+  publish(1, false, -3.0F);
+  const std::vector<Record> written = records();
+  TopLogprobReader reader(written[0].top_logprobs);
+  const char* const texts[] = {"llo", "\uFFFD", ""};  // half a character, and a control token
+  for (std::size_t i = 0; i < top.size(); ++i) {
+    const std::optional<TopLogprobView> read = reader.next();
+    ASSERT_TRUE(read);
+    EXPECT_EQ(read->token_id, top[i].token);
+    EXPECT_EQ(read->logprob, top[i].logprob);
+    EXPECT_EQ(read->text, texts[i]);
+  }
+  EXPECT_FALSE(reader.next());
+  EXPECT_EQ(written[0].text, "he");
+  EXPECT_TRUE(written[1].top_logprobs.empty());
 }
 
 TEST_F(PublisherTest, ASpecialTokenHasNoTextAndEndsNothing) {

@@ -11,6 +11,7 @@
 #include <numeric>
 #include <optional>
 #include <random>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -32,6 +33,19 @@ std::int32_t sample(const Row& logits, const SamplingParams& params, std::uint32
   return sampler.sample(logits, params, tokens, prompt_tokens, position).token;
 }
 
+std::int32_t sample(const Row& logits, const SamplingParams& params, const Sampler::Constraints& constraints,
+                    std::uint32_t position = 0) {
+  Sampler sampler(static_cast<std::uint32_t>(logits.size()));
+  return sampler.sample(logits, params, {}, 0, position, constraints).token;
+}
+
+// A row's mask with those tokens allowed.
+std::vector<std::uint32_t> mask_of(std::size_t vocabulary, const Tokens& allowed) {
+  std::vector<std::uint32_t> words((vocabulary + 31) / 32);
+  for (const std::int32_t token : allowed) words[static_cast<std::size_t>(token) / 32] |= 1U << (token % 32);
+  return words;
+}
+
 SamplingParams greedy() {
   SamplingParams params;
   params.temperature = 0;
@@ -48,8 +62,13 @@ Row random_row(std::mt19937_64& random, std::size_t vocabulary, float spread) {
 // The definition, in double and by sorting everything.
 class Reference {
  public:
-  Reference(const Row& logits, const SamplingParams& params, const Tokens& tokens, std::uint32_t prompt_tokens)
-      : scores_(penalised(logits, params, tokens, prompt_tokens)), weights_(scores_.size()), order_(scores_.size()) {
+  // `ruled_out` as the masks and min_tokens leave it.
+  Reference(const Row& logits, const SamplingParams& params, const Tokens& tokens, std::uint32_t prompt_tokens,
+            std::span<const TokenBias> biases = {}, const Tokens& ruled_out = {})
+      : scores_(penalised(biased(logits, biases), params, tokens, prompt_tokens)),
+        weights_(scores_.size()),
+        order_(scores_.size()) {
+    for (const std::int32_t token : ruled_out) scores_[static_cast<std::size_t>(token)] = -kInfinity;
     const float best = *std::max_element(scores_.begin(), scores_.end());
     for (std::size_t i = 0; i < scores_.size(); ++i) {
       weights_[i] = std::exp((static_cast<double>(scores_[i]) - best) / params.temperature);
@@ -88,6 +107,11 @@ class Reference {
 
  private:
   static constexpr double kClose = 1e-5;
+
+  static Row biased(Row logits, std::span<const TokenBias> biases) {
+    for (const TokenBias& entry : biases) logits[static_cast<std::size_t>(entry.token)] += entry.bias;
+    return logits;
+  }
 
   static Row penalised(const Row& logits, const SamplingParams& params, const Tokens& tokens,
                        std::uint32_t prompt_tokens) {
@@ -296,10 +320,43 @@ TEST(Sampler, DrawsWhatTheDefinitionDraws) {
       token = static_cast<std::int32_t>(random() % std::min<std::size_t>(vocabulary, 40));
     const auto prompt_tokens = static_cast<std::uint32_t>(tokens.empty() ? 0 : random() % tokens.size());
 
-    Sampler sampler(static_cast<std::uint32_t>(vocabulary));
-    const Reference reference(row, params, tokens, prompt_tokens);
+    // Token 0 is never ruled out, by whatever.
+    const auto other_token = [&] { return static_cast<std::int32_t>(1 + random() % (vocabulary - 1)); };
+    std::vector<TokenBias> biases(one_in(2) || vocabulary == 1 ? 0 : random() % 30);
+    for (TokenBias& entry : biases) entry = {other_token(), between(-5.0F, 5.0F)};
+    Tokens eos(one_in(2) || vocabulary == 1 ? 0 : 2), stops(one_in(2) || vocabulary == 1 ? 0 : random() % 9),
+        allowed{0};
+    std::ranges::generate(eos, other_token);
+    std::ranges::generate(stops, other_token);
+    std::vector<std::uint32_t> mask;
+    if (one_in(3)) {
+      for (std::size_t id = 1; id < vocabulary; ++id) {
+        if (one_in(2)) allowed.push_back(static_cast<std::int32_t>(id));
+      }
+      mask = mask_of(vocabulary, allowed);
+    }
+    params.min_tokens = one_in(2) ? 10 : 0;
+    const Sampler::Constraints constraints{.logit_bias = biases, .stop_token_ids = stops, .allowed = mask};
+    const auto reference_at = [&](std::uint32_t position) {
+      Tokens ruled_out;
+      if (!mask.empty()) {
+        for (std::size_t id = 0; id < vocabulary; ++id) {
+          const auto token = static_cast<std::int32_t>(id);
+          if (!std::ranges::binary_search(allowed, token)) ruled_out.push_back(token);
+        }
+      }
+      if (static_cast<std::int32_t>(position) < params.min_tokens) {
+        ruled_out.insert(ruled_out.end(), eos.begin(), eos.end());
+        ruled_out.insert(ruled_out.end(), stops.begin(), stops.end());
+      }
+      return Reference(row, params, tokens, prompt_tokens, biases, ruled_out);
+    };
+
+    Sampler sampler(static_cast<std::uint32_t>(vocabulary), eos);
+    const Reference references[]{reference_at(0), reference_at(19)};
     for (std::uint32_t position = 0; position < 20; ++position) {
-      const std::int32_t token = sampler.sample(row, params, tokens, prompt_tokens, position).token;
+      const Reference& reference = references[position < 10 ? 0 : 1];
+      const std::int32_t token = sampler.sample(row, params, tokens, prompt_tokens, position, constraints).token;
       ASSERT_GE(token, 0);
       ASSERT_GT(row[static_cast<std::size_t>(token)], -kInfinity);
       const auto expected = reference.draw(uniform(params.seed, position));
@@ -313,9 +370,11 @@ TEST(Sampler, DrawsWhatTheDefinitionDraws) {
     }
     SamplingParams best = params;
     best.temperature = 0;
-    const Row& scores = reference.scores();
-    ASSERT_EQ(sampler.sample(row, best, tokens, prompt_tokens, 0).token,
-              std::max_element(scores.begin(), scores.end()) - scores.begin());
+    for (const std::uint32_t position : {0U, 19U}) {
+      const Row& scores = references[position == 0 ? 0 : 1].scores();
+      ASSERT_EQ(sampler.sample(row, best, tokens, prompt_tokens, position, constraints).token,
+                std::max_element(scores.begin(), scores.end()) - scores.begin());
+    }
   }
   EXPECT_LT(close, compared / 20);
 }
@@ -430,6 +489,150 @@ TEST(Sampler, LogprobIsTheModelsBeforePenaltiesAndTemperature) {
       ASSERT_NEAR(choice.logprob, exact, 1e-6 * std::max(1.0, std::abs(exact)));
     }
   }
+}
+
+TEST(Sampler, ABiasIsAddedToTheLogit) {
+  const Row row{1.0F, 2.0F, 3.0F};
+  const std::vector<TokenBias> biases{{0, 1.5F}, {2, -100.0F}};
+  EXPECT_EQ(sample(row, greedy(), {.logit_bias = biases}), 0);
+  EXPECT_EQ(sample(row, greedy(), {.logit_bias = std::span(biases).last(1)}), 1);
+  EXPECT_EQ(sample({-kInfinity, 2.0F, 3.0F}, greedy(), {.logit_bias = biases}), 1) << "what is ruled out stays so";
+}
+
+// Penalties see the biased logit: 0.5 → -1.5 is multiplied, where it would have been divided.
+TEST(Sampler, BiasComesBeforePenalties) {
+  SamplingParams params = greedy();
+  params.repetition_penalty = 2.0F;
+  const std::vector<TokenBias> biases{{0, -2.0F}};
+  Sampler sampler(2);
+  EXPECT_EQ(sampler.sample(Row{0.5F, -2.0F}, params, Tokens{0}, 1, 0, {.logit_bias = biases}).token, 1);
+  EXPECT_EQ(sampler.sample(Row{0.5F, -3.5F}, params, Tokens{0}, 1, 0, {.logit_bias = biases}).token, 0);
+}
+
+TEST(Sampler, NothingEndsTheAnswerBeforeMinTokens) {
+  constexpr std::int32_t kEos = 2;
+  const Row row{1.0F, 2.0F, 5.0F, 4.0F};
+  const Tokens stops{3};
+  Sampler sampler(4, {kEos});
+  for (const float temperature : {0.0F, 0.7F}) {
+    SamplingParams params;
+    params.temperature = temperature;
+    params.min_tokens = 3;
+    bool ended = false;
+    for (std::uint32_t position = 0; position < 40; ++position) {
+      const std::int32_t token = sampler.sample(row, params, {}, 0, position, {.stop_token_ids = stops}).token;
+      const bool ends = token == kEos || token == stops[0];
+      ASSERT_FALSE(ends && position < 3) << position;
+      ended = ended || ends;
+    }
+    EXPECT_TRUE(ended);
+    EXPECT_EQ(sampler.sample(Row{1.0F, 2.0F, 5.0F, 6.0F}, greedy(), {}, 0, 3, {.stop_token_ids = stops}).token, 3);
+  }
+}
+
+TEST(Sampler, AMaskAllowsItsTokensOnly) {
+  std::mt19937_64 random(19);
+  for (const std::size_t vocabulary : {1, 31, 32, 33, 64, 500, 2049}) {
+    const Row row = random_row(random, vocabulary, 2.0F);
+    const auto last = static_cast<std::int32_t>(vocabulary) - 1;
+    const Tokens allowed{last / 2, last};
+    const std::vector<std::uint32_t> mask = mask_of(vocabulary, allowed);
+    const float scores[2] = {row[static_cast<std::size_t>(allowed[0])], row[static_cast<std::size_t>(allowed[1])]};
+    EXPECT_EQ(sample(row, greedy(), {.allowed = mask}), allowed[scores[1] > scores[0] ? 1 : 0]) << vocabulary;
+    bool drawn[2] = {};
+    SamplingParams params;
+    params.temperature = 2.0F;
+    for (std::uint32_t position = 0; position < 300; ++position) {
+      const std::int32_t token = sample(row, params, {.allowed = mask}, position);
+      ASSERT_TRUE(token == allowed[0] || token == allowed[1]) << token << " of " << vocabulary;
+      drawn[token == allowed[1]] = true;
+    }
+    EXPECT_TRUE(drawn[1] && (drawn[0] || vocabulary == 1)) << vocabulary;
+    const std::vector<std::uint32_t> every(mask.size(), ~0U);
+    EXPECT_EQ(sample(row, greedy(), {.allowed = every}), sample(row, greedy()));
+  }
+}
+
+TEST(Sampler, WhatIsRuledOutAltogetherIsRefused) {
+  const Row row{1.0F, 2.0F};
+  const std::vector<std::uint32_t> none(1), second{2};
+  const Tokens stops{1};
+  for (SamplingParams params : {greedy(), SamplingParams{}}) {
+    EXPECT_EQ(sample(row, params, {.allowed = none}), -1);
+    EXPECT_EQ(sample(row, params, {.allowed = second}), 1);
+    params.min_tokens = 1;
+    EXPECT_EQ(sample(row, params, {.stop_token_ids = stops, .allowed = second}), -1);
+    EXPECT_EQ(sample(row, params, {.stop_token_ids = stops, .allowed = second}, 1), 1);
+    // A mask does not hide what is wrong with the logits.
+    EXPECT_EQ(sample({kNan, 2.0F}, params, {.allowed = second}, 1), -1);
+  }
+}
+
+TEST(Sampler, TopLogprobsAreTheBestOfTheModelsOwn) {
+  std::mt19937_64 random(23);
+  for (const std::size_t vocabulary : {5, 100, 5000}) {
+    Row row = random_row(random, vocabulary, 2.0F);
+    std::ranges::for_each(row, [](float& value) { value = std::round(2 * value) / 2; });  // with ties
+    Tokens order(vocabulary);
+    std::iota(order.begin(), order.end(), 0);
+    std::ranges::stable_sort(
+        order, [&](auto a, auto b) { return row[static_cast<std::size_t>(a)] > row[static_cast<std::size_t>(b)]; });
+    double total = 0;
+    for (const float value : row) total += std::exp(static_cast<double>(value));
+    Sampler sampler(static_cast<std::uint32_t>(vocabulary));
+    const std::vector<TokenBias> biases{{order.back(), 100.0F}};
+    for (const std::uint32_t wanted : {0U, 1U, 4U, kMaxTopLogprobs}) {
+      SamplingParams params;
+      params.temperature = 0.3F;
+      params.presence_penalty = 2.0F;
+      params.flags = SamplingParams::kLogprobs;
+      params.top_logprobs = wanted;
+      const Sampler::Choice choice = sampler.sample(row, params, Tokens{order[0]}, 0, 0, {.logit_bias = biases});
+      EXPECT_EQ(choice.token, order.back()) << "the bias decides";
+      ASSERT_EQ(choice.top.size(), std::min<std::size_t>(wanted, vocabulary));
+      for (std::size_t i = 0; i < choice.top.size(); ++i) {
+        EXPECT_EQ(choice.top[i].token, order[i]);
+        EXPECT_NEAR(choice.top[i].logprob, row[static_cast<std::size_t>(order[i])] - std::log(total), 2e-6);
+      }
+      params.flags = 0;
+      EXPECT_TRUE(sampler.sample(row, params, {}, 0, 0).top.empty()) << "without logprobs";
+    }
+  }
+}
+
+TEST(Sampler, TopLogprobsLeaveOutWhatHasNoProbability) {
+  SamplingParams params = greedy();
+  params.flags = SamplingParams::kLogprobs;
+  params.top_logprobs = 3;
+  Sampler sampler(4);
+  const Sampler::Choice choice = sampler.sample(Row{-kInfinity, 1.0F, -kInfinity, 1.0F}, params, {}, 0, 0);
+  ASSERT_EQ(choice.top.size(), 2U);
+  EXPECT_EQ(choice.top[0].token, 1);
+  EXPECT_EQ(choice.top[1].token, 3);
+  EXPECT_EQ(choice.top[1].logprob, choice.logprob);
+}
+
+// Rows of the size that models have, where a bar keeps most tokens from being candidates at all.
+TEST(Sampler, ABarInFrontOfTheNucleusChangesNoDraw) {
+  std::mt19937_64 random(29);
+  int compared = 0;
+  for (const float spread : {0.01F, 1.0F, 4.0F}) {
+    const Row row = random_row(random, 50'000, spread);
+    Sampler sampler(50'000);
+    for (const float top_p : {0.01F, 0.6F, 0.95F, 0.9999F}) {
+      SamplingParams params;
+      params.top_p = top_p;
+      const Reference reference(row, params, {}, 0);
+      for (std::uint32_t position = 0; position < 50; ++position) {
+        const std::int32_t token = sampler.sample(row, params, {}, 0, position).token;
+        const auto expected = reference.draw(uniform(params.seed, position));
+        if (!expected) continue;
+        ++compared;
+        ASSERT_TRUE(token == *expected || reference.swappable(token, *expected)) << top_p << " of spread " << spread;
+      }
+    }
+  }
+  EXPECT_GT(compared, 100);
 }
 
 TEST(Sampler, AVocabularyOfOneHasOneChoice) {

@@ -7,6 +7,9 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
+
+#include "rts/top_logprobs.hpp"
 
 namespace rts {
 namespace {
@@ -123,6 +126,48 @@ TEST(TokenEvent, HasALogprobWhereAskedFor) {
             "id: 1\ndata: {\"token\":\"x\",\"token_id\":2,\"index\":1,\"logprob\":0}\n\n");
   EXPECT_EQ(token_event(1, 2, "x", -kInfinity),
             "id: 1\ndata: {\"token\":\"x\",\"token_id\":2,\"index\":1,\"logprob\":null}\n\n");
+}
+
+std::string two_top_logprobs() {
+  std::string extension;
+  append_top_logprob(extension, {7, -0.5F}, "a\n");
+  append_top_logprob(extension, {-1, -kInfinity}, "");
+  return extension;
+}
+constexpr std::string_view kTwoTopLogprobs =
+    R"(,"top_logprobs":[{"token":"a\n","token_id":7,"logprob":-0.5},{"token":"","token_id":-1,"logprob":null}])";
+
+TEST(TokenEvent, HasTopLogprobsWhereAskedFor) {
+  FrameBuffer out;
+  append_token_event(out, 1, 2, "x", -0.25F);
+  insert_top_logprobs(out, kTokenEventEnd, two_top_logprobs());
+  EXPECT_EQ(out.view(), R"(id: 1
+data: {"token":"x","token_id":2,"index":1,"logprob":-0.25)" +
+                            std::string(kTwoTopLogprobs) + "}\n\n");
+}
+
+TEST(TokenEvent, ALongTopLogprobIsCutBetweenCharacters) {
+  std::string extension, long_text;
+  for (int i = 0; i < 100; ++i) long_text += "\u20AC";
+  append_top_logprob(extension, {7, -0.5F}, "x" + long_text);
+  TopLogprobReader reader(extension);
+  EXPECT_EQ(reader.next()->text, "x" + long_text.substr(0, 93));
+  FrameBuffer out(64);
+  append_token_event(out, 1, 2, "x", -0.25F);
+  insert_top_logprobs(out, kTokenEventEnd, extension);
+  EXPECT_NE(out.view().find(long_text.substr(0, 93) + "\",\"token_id\":7"), std::string_view::npos);
+}
+
+TEST(TokenEvent, WhatIsNoTopLogprobEndsThem) {
+  const std::string extension = two_top_logprobs();
+  for (std::size_t size = 1; size < extension.size(); ++size) {
+    const std::vector<char> cut(extension.begin(), extension.begin() + static_cast<std::ptrdiff_t>(size));
+    FrameBuffer out;
+    append_token_event(out, 1, 2, "x", 0);
+    insert_top_logprobs(out, kTokenEventEnd, {cut.data(), cut.size()});
+    const bool has_first = size >= sizeof(TopLogprobHeader) + 2;
+    EXPECT_TRUE(out.view().ends_with(has_first ? "\"logprob\":-0.5}]}\n\n" : "\"top_logprobs\":[]}\n\n")) << size;
+  }
 }
 
 TEST(TokenEvent, StaysOneDataLine) {
@@ -246,6 +291,15 @@ TEST(Answer, HoldsAllTokens) {
   append_answer(out, kEnd, tokens.view(), " hello\"");
   EXPECT_EQ(out.view(), R"({"request_id":"req-1","model":"smol\"m","version":"1.0.0","tokens":[)" +
                             std::string(tokens.view()) + R"(],"text":" hello\"",)" + std::string(kOutcome) + "}");
+}
+
+TEST(Answer, HoldsTopLogprobs) {
+  FrameBuffer tokens;
+  append_token_object(tokens, 1, "x", -0.25F);
+  insert_top_logprobs(tokens, kTokenObjectEnd, two_top_logprobs());
+  append_token_object(tokens, 2, "y", -0.25F);
+  EXPECT_EQ(tokens.view(), R"({"token":"x","token_id":1,"logprob":-0.25)" + std::string(kTwoTopLogprobs) +
+                               R"(},{"token":"y","token_id":2,"logprob":-0.25})");
 }
 
 TEST(Answer, MayHaveNoTokens) {

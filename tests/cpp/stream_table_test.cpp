@@ -10,7 +10,10 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <string_view>
 #include <vector>
+
+#include "rts/submit_record.hpp"
 
 namespace rts {
 namespace {
@@ -41,12 +44,13 @@ class StreamTableTest : public testing::Test {
     return spec;
   }
   std::uint32_t submit() { return table_.submit(spec(), 0).value(); }
-  void write(std::uint32_t slot, std::uint32_t index, const std::string& text, float logprob = kNoLogprob) {
+  void write(std::uint32_t slot, std::uint32_t index, const std::string& text, float logprob = kNoLogprob,
+             std::string_view top_logprobs = {}) {
     TokenHeader header;
     header.index = index;
     header.token_id = static_cast<std::int32_t>(100 + index);
     header.logprob = logprob;
-    ASSERT_TRUE(writers_[slot].write_token(header, text));
+    ASSERT_TRUE(writers_[slot].write_token(header, text, top_logprobs));
     channel_->mark_ready(slot);
   }
   void write_end(std::uint32_t slot, FinishReason finish, StreamError error = StreamError::kNone) {
@@ -108,6 +112,52 @@ TEST_F(StreamTableTest, SubmitWritesTheRequestsRecord) {
   std::memcpy(&entry, tail + 12, sizeof entry);
   EXPECT_EQ(entry.bytes, 4U);
   EXPECT_EQ(std::string(tail + 20, 4), "stop");
+}
+
+TEST_F(StreamTableTest, SubmitSendsBiasesAndStopTokens) {
+  StreamSpec given = spec();
+  given.logit_bias = {{4, -1.5F}};
+  given.stop_token_ids = {9, 8};
+  given.sampling.min_tokens = 2;
+  given.sampling.top_logprobs = 3;
+  ASSERT_TRUE(table_.submit(given, 0));
+  const SubmitRecord record(channel_->lanes().reader(Priority::kNormal).front());
+  ASSERT_TRUE(record.valid);
+  EXPECT_EQ(record.logit_bias, given.logit_bias);
+  EXPECT_EQ(record.stop_token_ids, given.stop_token_ids);
+  EXPECT_EQ(record.header.sampling.min_tokens, 2);
+  EXPECT_EQ(record.header.sampling.top_logprobs, 3U);
+}
+
+TEST_F(StreamTableTest, TopLogprobsReachEveryKindOfReader) {
+  std::string extension;
+  append_top_logprob(extension, {7, -0.5F}, "alt");
+  constexpr std::string_view kShown = R"("top_logprobs":[{"token":"alt","token_id":7,"logprob":-0.5}])";
+  const std::uint32_t events = submit(), json = submit(), tokens = submit();
+  table_.set_format(events, StreamFormat::kEvents);
+  table_.set_format(json, StreamFormat::kJson);
+  for (const std::uint32_t slot : {events, json, tokens}) write(slot, 0, "x", -0.25F, extension);
+  write(tokens, 1, "y");
+  EXPECT_EQ(table_.drain(events, out_), 1U);
+  EXPECT_NE(out_.view().find(kShown), std::string_view::npos);
+  table_.drain(json, out_);
+  out_.clear();
+  table_.finish_json(json, out_);
+  EXPECT_NE(out_.view().find(kShown), std::string_view::npos);
+  const std::optional<TopLogprobView> top = TopLogprobReader(table_.next(tokens)->top_logprobs).next();
+  ASSERT_TRUE(top);
+  EXPECT_EQ(top->text, "alt");
+  EXPECT_EQ(top->token_id, 7);
+  EXPECT_TRUE(table_.next(tokens)->top_logprobs.empty());
+}
+
+TEST_F(StreamTableTest, PushTakesTopLogprobs) {
+  std::string extension;
+  append_top_logprob(extension, {7, -0.5F}, "alt");
+  const std::uint32_t slot = table_.open(0).value();
+  EXPECT_TRUE(table_.push(slot, "x", 1, -0.25F, false, extension));
+  EXPECT_FALSE(table_.push(slot, std::string(kMaxPushedTextBytes, 'x'), 1, -0.25F, false, extension));
+  EXPECT_EQ(table_.next(slot)->top_logprobs, extension);
 }
 
 TEST_F(StreamTableTest, RefusesWhereNoSlotIsFree) {

@@ -15,9 +15,16 @@ const std::vector<std::int32_t> kPrompt{7, 8, 9};
 const std::vector<std::string> kStops{"a", "four", "\xC3\xA9nd of it"};
 
 const std::string kPayload("any\0bytes", 9);
+const std::vector<TokenBias> kBiases{{3, -100.0F}, {1, 0.5F}};
+const std::vector<std::int32_t> kStopTokenIds{2, 0, 7};
 
 std::vector<std::byte> written(const SubmitHeader& header = {}) {
-  const SubmitContent content{.prompt = kPrompt, .stops = kStops, .request_id = "req-1", .payload = kPayload};
+  const SubmitContent content{.prompt = kPrompt,
+                              .stops = kStops,
+                              .request_id = "req-1",
+                              .payload = kPayload,
+                              .logit_bias = kBiases,
+                              .stop_token_ids = kStopTokenIds};
   std::vector<std::byte> bytes(submit_record_bytes(content));
   write_submit_record(header, content, bytes.data());
   return bytes;
@@ -46,6 +53,25 @@ TEST(SubmitRecord, ReadsBackWhatWasWritten) {
   EXPECT_EQ(record.stops, kStops);
   EXPECT_EQ(record.request_id, "req-1");
   EXPECT_EQ(record.payload, kPayload);
+  EXPECT_EQ(record.logit_bias, kBiases);
+  EXPECT_EQ(record.stop_token_ids, kStopTokenIds);
+}
+
+TEST(SubmitRecord, ListsOfValuesMustBeWhole) {
+  for (const std::uint16_t type : {TailHeader::kLogitBias, TailHeader::kStopTokenIds}) {
+    for (std::uint32_t size = 0; size <= 16; ++size) {
+      SubmitHeader header;
+      header.tail_bytes = static_cast<std::uint32_t>(sizeof(TailHeader) + (size + 3) / 4 * 4);
+      std::vector<std::byte> bytes(sizeof header + header.tail_bytes);
+      set_header(bytes, header);
+      const TailHeader entry{type, 0, size};
+      std::memcpy(bytes.data() + sizeof header, &entry, sizeof entry);
+      const SubmitRecord record(bytes);
+      const std::size_t each = type == TailHeader::kLogitBias ? sizeof(TokenBias) : sizeof(std::int32_t);
+      ASSERT_EQ(record.valid, size % each == 0) << type << " of " << size;
+      EXPECT_EQ(record.logit_bias.size() + record.stop_token_ids.size(), record.valid ? size / each : 0) << size;
+    }
+  }
 }
 
 TEST(SubmitRecord, APayloadMayBeLong) {

@@ -168,9 +168,11 @@ TEST(TokenRing, RoomIsAPromiseForTheTokensInFlightAndTheEnd) {
     Fixture f({.bytes = 1 << 14, .records = static_cast<std::uint32_t>(4 + random() % 100)},
               {.bytes = static_cast<std::uint32_t>(random()), .records = static_cast<std::uint32_t>(random())});
     const std::size_t longest = 1 + random() % kLongest;
+    const std::uint32_t top_logprobs = seed % 3 == 0 ? 0 : static_cast<std::uint32_t>(seed % (kMaxTopLogprobs + 1));
+    const std::string most(max_top_logprobs_bytes(top_logprobs), 't');
     std::uint32_t written = 0, read = 0;
     while (written < 200) {
-      if (!f.writer.has_room()) {
+      if (!f.writer.has_room(top_logprobs)) {
         ++refused;
         if (random() % 4 == 0) break;
         while (random() % 8 != 0 && !f.reader.front().empty()) {
@@ -180,12 +182,13 @@ TEST(TokenRing, RoomIsAPromiseForTheTokensInFlightAndTheEnd) {
         continue;
       }
       if (random() % 16 != 0) {
-        ASSERT_TRUE(f.writer.write_token({.index = written++}, std::string(random() % longest, 'x')));
+        const std::string_view top = std::string_view(most).substr(random() % (most.size() + 1));
+        ASSERT_TRUE(f.writer.write_token({.index = written++}, std::string(random() % longest, 'x'), top));
         continue;
       }
       // Here it ends, with the tokens that are in flight.
       for (std::uint32_t i = 0; i < kTokensInFlight; ++i) {
-        ASSERT_TRUE(f.writer.write_token({.index = written++}, std::string(kLongest, 'y')));
+        ASSERT_TRUE(f.writer.write_token({.index = written++}, std::string(kLongest, 'y'), most));
       }
       break;
     }
@@ -202,11 +205,9 @@ TEST(TokenRing, RoomIsAPromiseForTheTokensInFlightAndTheEnd) {
 }
 
 TEST(TokenRing, AnEmptyRingOfTheSmallestSizeHasRoomAnywhere) {
-  std::uint32_t bytes = 64;
-  while (bytes < 8 * kMaxTokenRecordBytes) bytes *= 2;
-  for (std::uint32_t start = 0; start < bytes; start += 8) {
-    Fixture f({.bytes = bytes}, {.bytes = start});
-    ASSERT_TRUE(f.writer.has_room()) << start;
+  for (std::uint32_t start = 0; start < kMinRingBytes; start += 8) {
+    Fixture f({.bytes = kMinRingBytes}, {.bytes = start});
+    ASSERT_TRUE(f.writer.has_room(kMaxTopLogprobs)) << start;
   }
 }
 

@@ -124,6 +124,48 @@ TEST(FindFirst, FindsWhatComparesEqual) {
   EXPECT_EQ(find_first({}, 0.0F), 0U);
 }
 
+TEST(CopyAllowed, RulesOutWhereABitIsMissing) {
+  std::mt19937 random(8);
+  for (const std::size_t length : lengths()) {
+    const std::vector<float> row = normal(length, 7);
+    std::vector<std::uint32_t> allowed((length + 31) / 32);
+    for (std::uint32_t& word : allowed) word = static_cast<std::uint32_t>(random());
+    std::vector<float> out(length);
+    copy_allowed(row, allowed, out);
+    for (std::size_t i = 0; i < length; ++i) {
+      ASSERT_EQ(out[i], (allowed[i / 32] >> (i % 32) & 1) != 0 ? row[i] : -kInfinity) << i << " of " << length;
+    }
+  }
+}
+
+TEST(SumAbove, IsOfThoseThatAreAsLargeOrLarger) {
+  for (const std::size_t length : lengths()) {
+    std::vector<float> row = normal(length, 9);
+    std::ranges::for_each(row, [](float& value) { value = std::abs(value); });
+    for (const float least : {0.0F, row[length / 2], 1.0F, 100.0F}) {
+      double exact = 0;
+      for (const float value : row) exact += value >= least ? value : 0;
+      ASSERT_NEAR(sum_above(row, least), exact, 5e-6 * exact) << length << " above " << least;
+    }
+  }
+}
+
+TEST(FindAbove, IsWhereTheyAreInOrder) {
+  for (const std::size_t length : lengths()) {
+    std::vector<float> row = normal(length, 10);
+    std::vector<std::int32_t> found(length);
+    for (const float least : {-kInfinity, row[length / 2], 1.0F, 100.0F}) {
+      std::vector<std::int32_t> expected;
+      for (std::size_t i = 0; i < length; ++i) {
+        if (row[i] >= least) expected.push_back(static_cast<std::int32_t>(i));
+      }
+      const std::size_t count = find_above(row, least, found);
+      ASSERT_EQ(std::vector(found.begin(), found.begin() + static_cast<std::ptrdiff_t>(count)), expected)
+          << length << " above " << least;
+    }
+  }
+}
+
 // In steps of every 97th float of (-87, 0], which takes in every binade and every reduced argument's neighbourhood.
 TEST(ExpWeights, RelativeErrorIsUnderTheBoundOverTheWholeRange) {
   std::vector<float> row;

@@ -77,7 +77,7 @@ async def test_bodies(
 
 
 FLOATS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "timeout")
-INTEGERS = ("max_tokens", "top_k", "seed")
+INTEGERS = ("max_tokens", "top_k", "seed", "min_tokens", "top_logprobs")
 FLAGS = ("ignore_eos", "logprobs", "stream")
 NO_NUMBER = ('"1"', "true", "[1]", '{"a": 1}', '""')
 BEYOND = ("-1e300", "1e300", "-2147483649", "18446744073709551616", "9" * 300)
@@ -88,6 +88,19 @@ WRONG = {
     "model": ("1", "true", "[]", "{}", '""', json.dumps("x" * 300)),
     "prompt": ("1", "true", "[]", '["x"]', "{}", '""'),
     "stop": ("1", "true", "{}", '""', '[""]', "[1]", "[[]]", json.dumps(["a"] * 17), json.dumps("x" * 300)),
+    "logit_bias": (
+        "1",
+        '"1"',
+        "true",
+        "[]",
+        "[[1, 1]]",
+        '{"a": 1}',
+        '{"-1": 1}',
+        '{"1": 1e300}',
+        '{"1": "1"}',
+        '{"1": []}',
+    ),
+    "stop_token_ids": ("1", '"1"', "true", "{}", "[-1]", "[1.5]", '["1"]', "[[]]", "[18446744073709551616]"),
     "priority": ("1", "true", "[]", "{}", '""', '"URGENT"', '"NORMAL "'),
     "client_id": ("1", "true", "[]", "{}", json.dumps("x" * 300)),
     "metadata": ("1", "true", "[]", '""', '"x"'),

@@ -36,6 +36,7 @@ FLAGS: dict[str, tuple[str, object]] = {
     "--ageing-ms": ("8", 8),
     "--stream-buffer-tokens": ("9", 9),
     "--max-step-tokens": ("10", 10),
+    "--target-step-ms": ("12.5", 12.5),
     "--isolation": ("thread", "thread"),
     "--max-body-bytes": ("2048", 2048),
     "--slow-reader-timeout": ("1.5", 1.5),

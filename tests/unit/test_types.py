@@ -15,6 +15,7 @@ from realtime_serve.types import (
     Timings,
     Usage,
     check_context,
+    check_token_ids,
     shown,
 )
 
@@ -35,8 +36,14 @@ DEFAULTS: dict[str, object] = {
     "frequency_penalty": 0.0,
     "ignore_eos": False,
     "logprobs": False,
+    "logit_bias": {},
+    "min_tokens": 0,
+    "stop_token_ids": (),
+    "top_logprobs": 0,
 }
 INTEGERS = {"max_tokens": (1, 2**31 - 1), "top_k": (0, 2**31 - 1), "seed": (0, 2**64 - 1)}
+# Their upper bounds are other fields' as well.
+DEPENDENT = {"min_tokens": ({"max_tokens": 2**31 - 1}, 2**31 - 1), "top_logprobs": ({"logprobs": True}, 20)}
 NUMBERS = {
     "temperature": (0, 2),
     "top_p": (0, 1),
@@ -107,7 +114,30 @@ def test_a_number_beyond_its_bounds_is_refused(name: str, bounds: tuple[float, f
     assert "at least" in refused(**{name: -(10**400)})
 
 
-@pytest.mark.parametrize("name", [*INTEGERS, *NUMBERS])
+@pytest.mark.parametrize("name", DEPENDENT)
+def test_a_number_bounded_by_another_field(name: str) -> None:
+    others, most = DEPENDENT[name]
+    for value in (0, most):
+        assert getattr(request(**{name: value}, **others), name) == value
+    for wrong, says in ((-1, "at least"), (most + 1, "at most"), (10**400, "at most"), (1.0, "must be an integer")):
+        with pytest.raises(InvalidRequestError, match=f"^{name} .*{says}") as caught:
+            request(**{name: wrong}, **others)
+        assert caught.value.param == name
+
+
+def test_min_tokens_are_at_most_max_tokens() -> None:
+    assert request(min_tokens=5, max_tokens=5).min_tokens == 5
+    with pytest.raises(InvalidRequestError, match=r"^min_tokens must be at most max_tokens, 5; it is 6$") as caught:
+        request(min_tokens=6, max_tokens=5)
+    assert caught.value.param == "min_tokens"
+
+
+def test_top_logprobs_need_logprobs() -> None:
+    assert "needs logprobs to be true" in refused(top_logprobs=1)
+    assert request(logprobs=True, top_logprobs=20).top_logprobs == 20
+
+
+@pytest.mark.parametrize("name", [*INTEGERS, *NUMBERS, *DEPENDENT])
 def test_what_is_no_number_is_refused(name: str) -> None:
     for value in NOT_NUMBERS if name in NUMBERS else (*NOT_NUMBERS, 1.0, 1.5):
         assert "must be a" in refused(**{name: value})
@@ -199,9 +229,63 @@ def test_the_longest_stop_string() -> None:
     assert request(stop="é" * 128).stop == ("é" * 128,)
 
 
+@pytest.mark.parametrize(
+    ("given", "kept"),
+    [
+        ({}, {}),
+        ({5: 1.5, 0: -100, 2**31 - 1: 100}, {5: 1.5, 0: -100, 2**31 - 1: 100}),
+        ({"5": 1, "0": -2.5}, {5: 1, 0: -2.5}),
+        (dict.fromkeys(range(1024), 0), dict.fromkeys(range(1024), 0)),
+    ],
+)
+def test_biases(given: object, kept: dict[int, float]) -> None:
+    assert request(logit_bias=given).logit_bias == kept
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        *(None, 1, "5", [], [(5, 1)], {1}),
+        *(
+            {key: 1}
+            for key in (-1, "-1", 2**31, str(2**31), 1.0, "1.0", " 1", "a", "", "9" * 400, True, None, SURROGATE)
+        ),
+        *({5: bias} for bias in (*NOT_NUMBERS, None, 100.5, -100.5, 10**400)),
+        {5: 1, "5": 1},
+        dict.fromkeys(range(1025), 0),
+    ],
+)
+def test_wrong_biases(wrong: object) -> None:
+    refused(logit_bias=wrong)
+
+
+@pytest.mark.parametrize("given", [[], (), [0, 2**31 - 1], (5,), [1] * 64])
+def test_stop_token_ids(given: list[int]) -> None:
+    assert request(stop_token_ids=given).stop_token_ids == tuple(given)
+
+
+@pytest.mark.parametrize(
+    "wrong", [None, 1, "1", {1: 1}, {1}, [-1], [2**31], [1.0], ["1"], [True], [None], [[1]], [1] * 65]
+)
+def test_wrong_stop_token_ids(wrong: object) -> None:
+    refused(stop_token_ids=wrong)
+
+
+@pytest.mark.parametrize("name", ["logit_bias", "stop_token_ids"])
+def test_tokens_of_a_vocabulary(name: str) -> None:
+    values = {"logit_bias": {9: 1, 3: 2}, "stop_token_ids": [9, 3]}
+    check_token_ids(request(), 1)
+    check_token_ids(request(**{name: values[name]}), 10)
+    message = f"^{name} has token id 9; the model's vocabulary ends with 8$"
+    with pytest.raises(InvalidRequestError, match=message) as caught:
+        check_token_ids(request(**{name: values[name]}), 9)
+    assert caught.value.param == name
+
+
 def test_a_token() -> None:
     token = StreamToken(" a", 5)
     assert (token.token, token.token_id, token.logprob, token.is_special) == (" a", 5, None, False)
+    assert token.top_logprobs is None
     assert token == StreamToken(token=" a", token_id=5, logprob=None, is_special=False)
     with pytest.raises(FrozenInstanceError):
         token.token = "b"  # type: ignore[misc]

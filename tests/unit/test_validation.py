@@ -45,6 +45,21 @@ WRONG: dict[str, tuple[str, ...]] = {
     "frequency_penalty": (*NOT_NUMBERS, "-2.1", "2.1"),
     "ignore_eos": ("0", "1", '"true"', "[]"),
     "logprobs": ("0", "5", '"true"', "{}"),
+    "logit_bias": (
+        *NOT_NUMBERS[:3],
+        '{"a": 1}',
+        '{"-1": 1}',
+        '{"1.0": 1}',
+        '{"2147483648": 1}',
+        '{"1": 101}',
+        '{"1": "1"}',
+        '{"1": null}',
+        '{"1": true}',
+        json.dumps(dict.fromkeys(range(1025), 0)),
+    ),
+    "min_tokens": (*NOT_INTEGERS, "-1", "101", "2147483648", "1.0"),
+    "stop_token_ids": ("1", '"1"', "true", "{}", "[-1]", "[1.0]", '["1"]', "[null]", "[2147483648]", str([1] * 65)),
+    "top_logprobs": (*NOT_INTEGERS, "-1", "1", "21", "1.0"),
     "stream": ("0", "1", '"true"', "[]"),
     "priority": ("1", "true", '""', '"URGENT"', "[]", '"\\u0131"'),
     "timeout": (*NOT_NUMBERS, "0", "-1", "86401"),
@@ -79,13 +94,14 @@ def test_every_field() -> None:
     body = parsed(
         model="m", max_tokens=5, temperature=0, top_p=0.5, top_k=3, min_p=0.1, seed=2**64 - 1, stop=["a", "b"],
         repetition_penalty=1.1, presence_penalty=-1, frequency_penalty=1, ignore_eos=True, priority="HIGH", timeout=2,
-        client_id="c", metadata={"k": [1, None]}, stream=False, logprobs=True,
+        client_id="c", metadata={"k": [1, None]}, stream=False, logprobs=True, logit_bias={"7": -1.5}, min_tokens=2,
+        stop_token_ids=[3, 4], top_logprobs=5,
     )  # fmt: skip
     assert body.stream is False
     assert body.request == InferenceRequest(
         "r", "m", "p", 5, 0, 0.5, RequestPriority.HIGH, 2, "c", {"k": [1, None]}, top_k=3, min_p=0.1, seed=2**64 - 1,
         stop=("a", "b"), repetition_penalty=1.1, presence_penalty=-1, frequency_penalty=1, ignore_eos=True,
-        logprobs=True,
+        logprobs=True, logit_bias={7: -1.5}, min_tokens=2, stop_token_ids=(3, 4), top_logprobs=5,
     )  # fmt: skip
 
 

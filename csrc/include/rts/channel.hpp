@@ -16,7 +16,7 @@
 namespace rts {
 
 // Raised by any change of what lies in a channel's memory, the records of request.hpp included.
-inline constexpr std::uint32_t kLayoutVersion = 3;
+inline constexpr std::uint32_t kLayoutVersion = 4;
 
 struct ChannelConfig {
   std::uint32_t slots = 1024;          // streams that can be open at once

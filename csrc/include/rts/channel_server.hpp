@@ -46,8 +46,9 @@ class ChannelServer {
   // The model begins to work on it.
   void start(std::uint32_t slot);
   // False: the ring has no room, and with_room() will tell of it. A text or piece longer than kMaxPieceBytes is never
-  // taken.
-  bool write_token(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob, bool special);
+  // taken, nor are more top logprobs than a request can ask for.
+  bool write_token(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob, bool special,
+                   std::string_view top_logprobs = {});
   bool write_payload(std::uint32_t slot, PayloadKind kind, std::string_view piece);
   // Writes the last record; what `detail` has beyond kMaxErrorDetailBytes is cut off.
   void end(std::uint32_t slot, FinishReason reason, StreamError error = StreamError::kNone,
@@ -87,8 +88,11 @@ class ChannelServer {
   };
 
   bool begin(const SubmitRecord& record, Priority lane);
-  bool write(std::uint32_t slot, TokenHeader header, std::string_view bytes);
-  bool has_room(Slot& slot, std::size_t bytes) const { return slot.writer.has_room_for(bytes, kMaxErrorDetailBytes); }
+  bool write(std::uint32_t slot, TokenHeader header, std::string_view bytes, std::string_view top_logprobs = {});
+  static constexpr std::size_t kMaxExtensionBytes = max_top_logprobs_bytes(kMaxTopLogprobs);
+  static bool has_room(Slot& slot) {
+    return slot.writer.has_room_for(kMaxPieceBytes + kMaxExtensionBytes, kMaxErrorDetailBytes);
+  }
   bool is_cancelled(std::uint32_t slot) const {
     return (channel_->control(slot).flags.load(std::memory_order_acquire) & SlotControl::kCancel) != 0;
   }

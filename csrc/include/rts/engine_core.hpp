@@ -84,7 +84,7 @@ class EngineCore {
   void apply_flags(Attached& channel);
   void resume_stalled();
   void ask_for_room();
-  void publish(Sequence& sequence, float logprob, std::int64_t now_ns);
+  void publish(Sequence& sequence, float logprob, std::span<const TopLogprob> top, std::int64_t now_ns);
   void stall(Sequence& sequence, std::int64_t now_ns);
   void finish(Sequence& sequence, FinishReason reason, StreamError error = StreamError::kNone);
   bool owns_slot(const Sequence& sequence) const;
@@ -94,6 +94,7 @@ class EngineCore {
   void count_step(const Plan& plan);
   void show_load();
   bool has_news() const;
+  bool has_room(const Sequence& sequence) const;
   Sequence* new_sequence();
   bool take_interrupt();
 
@@ -116,6 +117,7 @@ class EngineCore {
   StepBuffers buffers_;
   std::int32_t* sampled_ = nullptr;
   float* logprobs_ = nullptr;
+  std::vector<std::vector<TopLogprob>> top_logprobs_;  // of each sampled row; empty where none were asked for
   const std::function<void(std::span<const float>)> sample_ = [this](std::span<const float> logits) { sample(logits); };
   std::atomic<bool> interrupted_{false};
   const std::uint32_t max_context_;

@@ -42,13 +42,26 @@ struct SamplingParams {
   float presence_penalty = 0.0F;
   float frequency_penalty = 0.0F;
   std::int32_t max_tokens = 100;
-  std::int32_t min_tokens = 0;
+  std::int32_t min_tokens = 0;  // so many first tokens end nothing, by their id or by their text
   std::uint32_t flags = 0;
+  std::uint32_t top_logprobs = 0;  // how many of each position's most likely tokens are told; needs kLogprobs
+  std::uint32_t reserved = 0;
   std::uint64_t seed = 0;
 
   bool has(Flag flag) const { return (flags & flag) != 0; }
+  // Whether the answer's token of this index is one of those that end nothing.
+  bool must_go_on(std::uint32_t index) const { return std::int64_t{index} < min_tokens; }
 };
-static_assert(sizeof(SamplingParams) == 48 && std::is_trivially_copyable_v<SamplingParams>);
+static_assert(sizeof(SamplingParams) == 56 && std::is_trivially_copyable_v<SamplingParams>);
+
+// Added to a token's logit before anything else.
+struct TokenBias {
+  std::int32_t token = 0;
+  float bias = 0.0F;
+
+  friend bool operator==(const TokenBias&, const TokenBias&) = default;
+};
+static_assert(sizeof(TokenBias) == 8 && std::is_trivially_copyable_v<TokenBias>);
 
 // Submit record: this header, then prompt_tokens + generated_tokens ids (int32), then tail_bytes of tail entries.
 struct SubmitHeader {
@@ -68,7 +81,7 @@ struct SubmitHeader {
   PayloadKind answer_kind = PayloadKind::kNone;   // what the answer's payload has to be; kNone: what fits it
   std::uint8_t reserved = 0;
 };
-static_assert(sizeof(SubmitHeader) == 112 && std::is_trivially_copyable_v<SubmitHeader>);
+static_assert(sizeof(SubmitHeader) == 120 && std::is_trivially_copyable_v<SubmitHeader>);
 
 // One entry of a submit record's tail: this header, then `bytes` bytes, then padding to 4. Unknown types are skipped.
 struct TailHeader {
@@ -76,6 +89,8 @@ struct TailHeader {
     kStopString = 1,
     kRequestId = 2,  // as logs show it
     kPayload = 3,
+    kLogitBias = 4,     // TokenBias each
+    kStopTokenIds = 5,  // int32 each
   };
   std::uint16_t type = 0;
   std::uint16_t reserved = 0;
@@ -83,7 +98,7 @@ struct TailHeader {
 };
 static_assert(sizeof(TailHeader) == 8);
 
-// Token record: this header, then text_bytes of UTF-8, then extension_bytes.
+// Token record: this header, then text_bytes of UTF-8, then extension_bytes: the position's top_logprobs.hpp, if any.
 struct TokenHeader {
   enum Flag : std::uint16_t {
     kSpecial = 1,  // a control token: it has no text of its own
@@ -116,6 +131,11 @@ static_assert(sizeof(EndExtension) == 40 && std::is_trivially_copyable_v<EndExte
 inline constexpr std::size_t kMaxStopStrings = 16;
 inline constexpr std::size_t kMaxStopBytes = 256;    // each
 inline constexpr std::size_t kMaxTokenBytes = 1024;  // the longest text of a vocabulary entry that is served
+inline constexpr std::uint32_t kMaxTopLogprobs = 20;
+// These bound what a step does for it.
+inline constexpr std::size_t kMaxBiasedTokens = 1024;
+inline constexpr float kMaxTokenBias = 100.0F;  // either way
+inline constexpr std::size_t kMaxStopTokenIds = 64;
 // Of a last record's text.
 inline constexpr std::size_t kMaxErrorDetailBytes = 512;
 

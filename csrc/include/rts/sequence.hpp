@@ -32,8 +32,10 @@ struct Sequence {
   std::uint64_t extra_key = 0;
   std::uint32_t prompt_tokens = 0;
   std::vector<std::int32_t> tokens;  // the prompt's, then the generated ones; commit appends
-  bool pause_asked = false;          // by the client's pause flag
-  bool paused = false;               // asked, or its ring has no room: not scheduled
+  std::vector<TokenBias> logit_bias;
+  std::vector<std::int32_t> stop_token_ids;
+  bool pause_asked = false;  // by the client's pause flag
+  bool paused = false;       // asked, or its ring has no room: not scheduled
 
   // scheduler
   SequenceState state = SequenceState::kWaiting;

@@ -25,6 +25,8 @@ class FrameBuffer {
   void clear() noexcept { begin_ = end_ = chunk_ = 0; }
 
   void append(std::string_view bytes);
+  // Takes back the last of what was appended.
+  void drop(std::size_t bytes) noexcept { end_ -= bytes; }
 
   // At least `bytes` writable bytes behind the last one, until the next call; commit() says where writing stopped.
   char* room(std::size_t bytes) {
@@ -75,6 +77,10 @@ void append_error_event(FrameBuffer& out, std::string_view message, std::string_
 // One more element of a JSON array without its brackets: a comma goes first unless `elements` is empty. `logprob` is
 // null where it is not finite.
 void append_token_object(FrameBuffer& elements, std::int32_t token_id, std::string_view text, float logprob);
+// Adds a token record's extension to the event or the object that was appended last, and that ends with `closing`.
+// A token without any pays nothing for it.
+inline constexpr std::string_view kTokenEventEnd = "}\n\n", kTokenObjectEnd = "}";
+void insert_top_logprobs(FrameBuffer& out, std::string_view closing, std::string_view top_logprobs);
 // The whole answer as one JSON object, from the elements that append_token_object() collected.
 void append_answer(FrameBuffer& out, const EndOfStream& end, std::string_view token_objects, std::string_view text);
 

@@ -33,6 +33,8 @@ struct StreamSpec {
   std::string version;
   std::vector<std::int32_t> prompt;
   std::vector<std::string> stops;
+  std::vector<TokenBias> logit_bias;
+  std::vector<std::int32_t> stop_token_ids;
   SamplingParams sampling;
   Priority priority = Priority::kNormal;
   // Of a callable model's request, which has no prompt ids. The bytes are given up once they are queued.
@@ -42,7 +44,8 @@ struct StreamSpec {
 };
 
 struct TokenView {
-  std::string_view text;  // valid until the next call on the same stream
+  std::string_view text;          // valid until the next call on the same stream
+  std::string_view top_logprobs;  // likewise; for a TopLogprobReader
   std::int32_t token_id = 0;
   std::uint32_t index = 0;
   float logprob = 0.0F;
@@ -65,8 +68,10 @@ class StreamTable {
   // Takes a slot for a stream that is fed by push(), in this process.
   std::optional<std::uint32_t> open(std::int64_t timeout_ns);
   // The producer's door to such a stream: the same ring that a worker publishes to. False: it holds ring_records tokens
-  // already or has no room for the text, or has ended; a text beyond kMaxPushedTextBytes is never taken.
-  bool push(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob, bool special);
+  // already or has no room for the text, or has ended; a text that has more than kMaxPushedTextBytes with its top
+  // logprobs is never taken.
+  bool push(std::uint32_t slot, std::string_view text, std::int32_t token_id, float logprob, bool special,
+            std::string_view top_logprobs = {});
   bool push_end(std::uint32_t slot);
 
   // Slots that have something to read since the last call, in slot order; valid until the next call.
@@ -145,6 +150,7 @@ class StreamTable {
     EndExtension end;
     FrameBuffer json_tokens{0};
     std::string text;
+    std::string top_logprobs;
 
     std::optional<TokenWriter> writer;  // of a stream that is fed by push
     std::uint32_t pushed = 0;

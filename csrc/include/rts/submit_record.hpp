@@ -18,6 +18,8 @@ struct SubmitContent {
   std::span<const std::string> stops;
   std::string_view request_id;
   std::string_view payload;
+  std::span<const TokenBias> logit_bias = {};
+  std::span<const std::int32_t> stop_token_ids = {};
 };
 
 std::uint64_t submit_record_bytes(const SubmitContent& content);
@@ -35,6 +37,8 @@ struct SubmitRecord {
   std::string_view request_id;
   std::string_view payload;
   std::vector<std::string> stops;
+  std::vector<TokenBias> logit_bias;
+  std::vector<std::int32_t> stop_token_ids;
   bool has_header = false;
   bool valid = false;  // the header's sizes fit the record, and its tail is well formed
 };

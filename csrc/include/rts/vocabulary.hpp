@@ -26,6 +26,7 @@ class Vocabulary {
   }
   bool special(std::int32_t id) const noexcept { return has(id, kSpecial); }
   bool eos(std::int32_t id) const noexcept { return has(id, kEos); }
+  const std::vector<std::int32_t>& eos_ids() const noexcept { return eos_ids_; }
 
  private:
   enum Flag : std::uint8_t { kSpecial = 1, kEos = 2 };
@@ -39,6 +40,7 @@ class Vocabulary {
   std::string bytes_;
   std::vector<std::size_t> offsets_;  // size() + 1; special tokens have no bytes
   std::vector<std::uint8_t> flags_;
+  std::vector<std::int32_t> eos_ids_;
 };
 
 // A byte-level BPE vocabulary stores bytes as printable characters ("Ġhello" for " hello"): GPT-2's map, undone.
