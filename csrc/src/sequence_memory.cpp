@@ -128,7 +128,7 @@ void SequenceMemory::retract(Sequence& sequence, std::uint32_t start) {
 
 void SequenceMemory::rewind(Sequence& sequence) {
   const std::uint32_t complete = sequence.scheduled / block_size_;
-  for (std::uint32_t i = 0; i < sequence.shareable_blocks && i * block_size_ < sequence.scheduled; ++i) {
+  for (std::uint32_t i = 0; i < sequence.published_blocks && i * block_size_ < sequence.scheduled; ++i) {
     const Block& block = state(sequence.blocks[i]);
     // One that it has begun is its own, or another took it over while it was paused.
     if (block.filled || (i == complete && block.filler == &sequence)) continue;

@@ -186,6 +186,20 @@ TEST(SequenceMemory, WhatFailedIsFoundNoMoreAndWhoPassedItGoesBack) {
   EXPECT_NE(three->blocks[2], one->blocks[2]);
 }
 
+TEST(SequenceMemory, WhoGeneratedWhatAnotherFailedToComputeAnewGoesBackToo) {
+  Memory test(20);
+  const auto one = test.admitted(2);
+  for (std::int32_t token = 2; token < 10; ++token) {
+    one->tokens.push_back(token);
+    test.compute(*one, static_cast<std::uint32_t>(one->tokens.size()));
+  }
+  const auto two = test.admitted(17);
+  EXPECT_EQ(two->blocks[1], one->blocks[1]);
+  test.memory.retract(*two, 4);
+  test.memory.rewind(*one);
+  EXPECT_EQ(one->scheduled, 4U);
+}
+
 TEST(SequenceMemory, NothingIsSharedWhereNothingIsKept) {
   Memory test(20, 0);
   const auto one = test.admitted(9);
