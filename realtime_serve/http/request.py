@@ -58,5 +58,5 @@ class HttpRequest:
 
     @property
     def client(self) -> str:
-        """The client's address; empty where it has left."""
+        """The client's address; empty where it has none, as on a Unix socket."""
         return self.connection.client

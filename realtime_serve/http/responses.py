@@ -77,7 +77,7 @@ class EventStreamResponse:
 
     @property
     def started(self) -> bool:
-        """Whether it can still be answered with something else."""
+        """Whether its head is out: nothing else can be answered any more."""
         return self._stream.started
 
     async def send(self, request: HttpRequest) -> bool:

@@ -43,7 +43,7 @@ class _Histogram:
 class _Tally:
     """A model's totals, and its last requests.
 
-    Plain numbers: prometheus_client's own, each with a lock and its own child, took 9 µs of a request.
+    Plain numbers: a request's three counts and three observations take 0.9 µs, in prometheus_client's own metrics 5.1.
     """
 
     __slots__ = (
