@@ -8,7 +8,7 @@ import logging
 from dataclasses import replace
 
 import pytest
-from client import ask, infer
+from client import Connection, ask, infer
 from support import null_model, serving, until
 
 from realtime_serve import InferenceRequest
@@ -68,6 +68,22 @@ async def test_middleware_that_raises_is_a_500_and_no_more() -> None:
         assert (failed.status, failed.error()["code"]) == (500, "internal_error")
         assert "secret" not in failed.error()["message"]
         assert (await infer(server.port, max_tokens=1)).status == 200
+
+
+async def test_middleware_that_raises_behind_the_stream_leaves_it_whole(caplog: pytest.LogCaptureFixture) -> None:
+    async def broken(request: InferenceRequest, next: Handler) -> Outcome:
+        await next(request)
+        raise ZeroDivisionError
+
+    async with serving() as server:
+        server.middleware_chain.add(broken)
+        async with await Connection.open(server.port) as connection:
+            for _ in range(2):  # no second answer stands between them
+                answer = await connection.ask("POST", "/infer", {"prompt": "x", "max_tokens": 3})
+                assert (answer.status, len(answer.events())) == (200, 4)
+            failed = await connection.ask("POST", "/infer", {"prompt": "x", "max_tokens": 3, "stream": False})
+            assert failed.status == 500
+    assert sum("failed behind its answer's beginning" in record.getMessage() for record in caplog.records) == 2
 
 
 async def test_requests_are_logged_and_counted(caplog: pytest.LogCaptureFixture) -> None:

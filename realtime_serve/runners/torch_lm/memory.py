@@ -14,7 +14,7 @@ from realtime_serve.runners.torch_lm.kv_cache import KvShape
 _DEFAULT_KV_CACHE_MB = 1024
 # On a CPU the cache's memory is taken as it is used, and idle blocks would keep it.
 _DEFAULT_PREFIX_CACHE_MB = 64
-# Of what a GPU has free beside the weights; the rest is for a step's activations.
+# Of what is free beside the weights; the rest is for a step's activations.
 _KV_CACHE_SHARE = 0.8
 
 
@@ -46,10 +46,13 @@ def plan_kv_cache(
     bytes_each = KvShape.of(checkpoint.config).block_bytes(block_size, dtype)
     per_sequence = -(-max_context // block_size)
     free = free_bytes(device)
-    if kv_cache_mb is None and device.type == "cuda":
-        budget = max(int((free - weight_bytes) * _KV_CACHE_SHARE), per_sequence * bytes_each)
+    if kv_cache_mb is None:
+        budget = int((free - weight_bytes) * _KV_CACHE_SHARE)
+        if device.type != "cuda":
+            budget = min(budget, _DEFAULT_KV_CACHE_MB << 20)
+        budget = max(budget, per_sequence * bytes_each)
     else:
-        budget = (kv_cache_mb or _DEFAULT_KV_CACHE_MB) << 20
+        budget = kv_cache_mb << 20
     if budget // bytes_each < per_sequence:
         raise ModelLoadError(
             f"the KV cache of {budget >> 20} MB does not hold one sequence of {max_context} positions:"
