@@ -89,7 +89,7 @@ void Scheduler::add_prompts(Plan& plan, std::int64_t now_ns) {
   for (const Prompt& prompt : prompts_) {
     const std::uint32_t even = (left + sharing - 1) / sharing;
     --sharing;
-    const std::uint32_t positions = std::min({prompt.left, even, memory_.reach(*prompt.sequence)});
+    const std::uint32_t positions = memory_.reach(*prompt.sequence, std::min(prompt.left, even));
     if (positions == 0) continue;
     add_row(plan, *prompt.sequence, positions);
     left -= positions;
@@ -115,25 +115,24 @@ void Scheduler::make_blocks(std::int64_t now_ns) {
   };
   for (const Sequence* sequence : running_) needed += growth(*sequence);
   while (needed > blocks_.available() && running_.size() > 1) {
-    Sequence* const victim = first_to_preempt(now_ns);
+    Sequence* victim = nullptr;
+    for (Sequence* sequence : running_) {
+      if (sequence->in_flight == 0 && goes_before(*sequence, victim, now_ns)) victim = sequence;
+    }
     if (victim == nullptr) return;
     needed -= growth(*victim);
     preempt(*victim);
   }
 }
 
-// The newest of the lowest priority; of those that have aged the newest, where all have.
-Sequence* Scheduler::first_to_preempt(std::int64_t now_ns) const {
-  const auto rank = [&](const Sequence& sequence) {
-    const bool aged = waiting_.is_aged(sequence.arrival_ns, now_ns);
-    return std::tuple(aged, aged ? Priority::kLow : sequence.priority, -sequence.arrival_ns);
+// Whether it is preempted rather than the other, which was admitted before it: the newest of the lowest priority first;
+// of those that have aged the newest, where all have.
+bool Scheduler::goes_before(const Sequence& sequence, const Sequence* other, std::int64_t now_ns) const {
+  const auto rank = [&](const Sequence& of) {
+    const bool aged = waiting_.is_aged(of.arrival_ns, now_ns);
+    return std::tuple(aged, aged ? Priority::kLow : of.priority, -of.arrival_ns);
   };
-  Sequence* first = nullptr;
-  for (Sequence* sequence : running_) {
-    if (sequence->in_flight > 0 || sequence->state != SequenceState::kRunning) continue;
-    if (first == nullptr || rank(*sequence) <= rank(*first)) first = sequence;
-  }
-  return first;
+  return other == nullptr || rank(sequence) <= rank(*other);
 }
 
 // Preempts for those who wait and have a higher priority, and admits them; for no more than the step's budget has
@@ -151,10 +150,7 @@ void Scheduler::make_room(std::int64_t now_ns) {
       if (!is_outranked(*sequence, (*next)->priority, now_ns)) continue;
       blocks += memory_.held_alone(*sequence);
       --others;
-      if (newest_of_lowest == nullptr || std::tuple(sequence->priority, -sequence->arrival_ns) <=
-                                             std::tuple(newest_of_lowest->priority, -newest_of_lowest->arrival_ns)) {
-        newest_of_lowest = sequence;
-      }
+      if (goes_before(*sequence, newest_of_lowest, now_ns)) newest_of_lowest = sequence;
     }
     if (newest_of_lowest == nullptr || blocks < memory_.needed(**next) + others) return;
     if (admit(**next, now_ns)) {

@@ -72,9 +72,15 @@ std::uint32_t SequenceMemory::held_alone(const Sequence& sequence) const {
       std::ranges::count_if(sequence.blocks, [this](std::int32_t block) { return pool_.has_one_user(block); }));
 }
 
-std::uint32_t SequenceMemory::reach(const Sequence& sequence) const {
+std::uint32_t SequenceMemory::reach(const Sequence& sequence, std::uint32_t positions) const {
   const std::uint64_t blocks = sequence.blocks.size() + std::uint64_t{pool_.available()};
-  return static_cast<std::uint32_t>(blocks * block_size_ - sequence.scheduled);
+  auto end = static_cast<std::uint32_t>(
+      std::min<std::uint64_t>(std::uint64_t{sequence.scheduled} + positions, blocks * block_size_));
+  for (std::uint32_t i = sequence.scheduled / block_size_ + 1; i < sequence.shareable_blocks && i * block_size_ < end;
+       ++i) {
+    if (state(sequence.blocks[i]).filled) end = i * block_size_;
+  }
+  return end - sequence.scheduled;
 }
 
 bool SequenceMemory::pass_over_computed(Sequence& sequence) {

@@ -58,7 +58,8 @@ TEST(SequenceMemory, GrowsByABlockWhenItIsFull) {
   const auto one = test.admitted(4);
   EXPECT_EQ(test.memory.growth(*one, 4), 0U);
   EXPECT_EQ(test.memory.growth(*one, 5), 1U);
-  EXPECT_EQ(test.memory.reach(*one), 12U);
+  EXPECT_EQ(test.memory.reach(*one, 9), 9U);
+  EXPECT_EQ(test.memory.reach(*one, 100), 12U);
   one->scheduled = 12;
   test.memory.advanced(*one, 0);
   EXPECT_EQ(one->blocks.size(), 3U);
@@ -137,6 +138,21 @@ TEST(SequenceMemory, WhoWaitsTakesOverFromOneThatEndsOrIsPaused) {
   EXPECT_FALSE(test.memory.pass_over_computed(*three));
   two->paused = true;
   EXPECT_TRUE(test.memory.pass_over_computed(*three));
+}
+
+TEST(SequenceMemory, AChunkEndsWhereAnotherHasComputedOn) {
+  Memory test(20);
+  const auto one = test.admitted(17), two = test.admitted(17);
+  EXPECT_TRUE(test.memory.pass_over_computed(*one));
+  test.compute(*one, 6);  // in the middle of a block
+  one->paused = true;
+  EXPECT_TRUE(test.memory.pass_over_computed(*two));
+  test.compute(*two, 12);
+  one->paused = false;
+  EXPECT_EQ(test.memory.reach(*one, 11), 2U);
+  test.compute(*one, 8);
+  EXPECT_TRUE(test.memory.pass_over_computed(*one));
+  EXPECT_EQ(one->scheduled, 12U);
 }
 
 TEST(SequenceMemory, WhatNobodyComputedIsNotFound) {

@@ -109,7 +109,7 @@ class Scheduler {
   void make_room(std::int64_t now_ns);
   void make_blocks(std::int64_t now_ns);
   bool is_outranked(const Sequence& sequence, Priority priority, std::int64_t now_ns) const;
-  Sequence* first_to_preempt(std::int64_t now_ns) const;
+  bool goes_before(const Sequence& sequence, const Sequence* other, std::int64_t now_ns) const;
   void preempt(Sequence& sequence);
   void add_decoding(Plan& plan);
   void add_prompts(Plan& plan, std::int64_t now_ns);

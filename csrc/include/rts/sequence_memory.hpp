@@ -17,7 +17,8 @@ namespace rts {
 // A sequence gets the blocks for all the tokens that it has when it is admitted, and one more whenever it grows into
 // it. Full blocks of the same prefix are the same block: of those that others have computed nothing is computed again,
 // and where another is about to compute one, this one waits for it. The last known token is always computed, for its
-// logits; so what a sequence writes is never another's.
+// logits. So nobody writes to what another has computed; but where one was paused in the middle of a block and another
+// took it over, both write the same to it.
 class SequenceMemory {
  public:
   SequenceMemory(BlockPool& pool, std::uint32_t block_size, const SipKey& key);
@@ -29,8 +30,9 @@ class SequenceMemory {
   std::uint32_t needed(Sequence& sequence);
   // How many would be there again if it gave up its own.
   std::uint32_t held_alone(const Sequence& sequence) const;
-  // How many positions beyond those scheduled its own and all available blocks take.
-  std::uint32_t reach(const Sequence& sequence) const;
+  // How many of the next `positions` positions it can compute at once: as far as blocks are available, and no further
+  // than to the next block that another has computed.
+  std::uint32_t reach(const Sequence& sequence, std::uint32_t positions) const;
   // How many more it needs for its first `positions` positions.
   std::uint32_t growth(const Sequence& sequence, std::uint32_t positions) const {
     const auto held = static_cast<std::uint32_t>(sequence.blocks.size());
@@ -67,6 +69,7 @@ class SequenceMemory {
     return static_cast<std::uint32_t>((positions + block_size_ - 1) / block_size_);
   }
   Block& state(std::int32_t block) { return states_[static_cast<std::size_t>(block)]; }
+  const Block& state(std::int32_t block) const { return states_[static_cast<std::size_t>(block)]; }
   void grow(Sequence& sequence);
   void fill(Sequence& sequence, std::uint32_t start);
   void publish(Sequence& sequence, std::uint32_t positions);

@@ -25,10 +25,9 @@ class StepCost {
     for (std::size_t i = 0; i < kSize; ++i) gain[i] = dot(covariance_[i], x);
     const double scale = 1.0 / (kMemory + dot(x, gain));
     for (std::size_t i = 0; i < kSize; ++i) weights_[i] += scale * gain[i] * (y - foreseen);
-    const Vector unscaled = gain;
     for (std::size_t i = 0; i < kSize; ++i) {
       for (std::size_t j = 0; j < kSize; ++j) {
-        covariance_[i][j] = (covariance_[i][j] - scale * unscaled[i] * unscaled[j]) / kMemory;
+        covariance_[i][j] = (covariance_[i][j] - scale * gain[i] * gain[j]) / kMemory;
       }
     }
     const double trace = covariance_[0][0] + covariance_[1][1] + covariance_[2][2];
@@ -52,7 +51,6 @@ class StepCost {
     const double positions = (static_cast<double>(step_ns) - decode_ns(decoding)) / each_ns;
     return static_cast<std::uint32_t>(std::clamp(positions, 0.0, static_cast<double>(most)));
   }
-  bool is_trusted() const noexcept { return observed_ >= kTrustedAfter; }
 
  private:
   static constexpr std::size_t kSize = 3;
