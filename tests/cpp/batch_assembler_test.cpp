@@ -5,25 +5,19 @@
 #include <cstdint>
 #include <vector>
 
+#include "step_arrays.hpp"
+
 namespace rts {
 namespace {
 
 constexpr std::int32_t kUntouched = -77;
 
-class BatchAssemblerTest : public testing::Test {
+class BatchAssemblerTest : public testing::Test, protected StepArrays {
  protected:
-  BatchAssemblerTest() {
-    StepBuffers buffers;
-    buffers.tokens = tokens_.data();
-    buffers.positions = positions_.data();
-    buffers.kv_slots = kv_slots_.data();
-    buffers.query_start = query_start_.data();
-    buffers.context_len = context_len_.data();
-    buffers.rows = rows_.data();
-    buffers.block_table = block_table_.data();
-    buffers.logits_at = logits_at_.data();
-    assembler_.bind(buffers);
-  }
+  // 4 positions a block, 10 of a context: 3 blocks a row of the block table.
+  static constexpr SchedulerConfig kConfig{.max_sequences = 3, .token_budget = 8, .block_size = 4, .max_context = 10};
+
+  BatchAssemblerTest() : StepArrays(kConfig, kUntouched) { assembler_.bind(buffers()); }
 
   static Sequence sequence(std::uint32_t row, std::vector<std::int32_t> tokens, std::vector<std::int32_t> blocks) {
     Sequence sequence;
@@ -41,13 +35,7 @@ class BatchAssemblerTest : public testing::Test {
     assembler_.assemble(plan);
   }
 
-  // 4 positions a block, 10 of a context: 3 blocks a row of the block table.
-  BatchAssembler assembler_{SchedulerConfig{.max_sequences = 3, .token_budget = 8, .block_size = 4, .max_context = 10}};
-  std::vector<std::int32_t> tokens_ = std::vector(8, kUntouched), positions_ = tokens_;
-  std::vector<std::int64_t> kv_slots_ = std::vector<std::int64_t>(8, kUntouched);
-  std::vector<std::int32_t> query_start_ = std::vector(4, kUntouched), context_len_ = std::vector(3, kUntouched);
-  std::vector<std::int32_t> rows_ = context_len_, block_table_ = std::vector(9, kUntouched);
-  std::vector<std::int64_t> logits_at_ = std::vector<std::int64_t>(3, kUntouched);
+  BatchAssembler assembler_{kConfig};
 };
 
 constexpr std::int32_t kU = kUntouched;

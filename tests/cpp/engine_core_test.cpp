@@ -22,6 +22,7 @@
 #include <vector>
 
 #include "rts/stream_table.hpp"
+#include "step_arrays.hpp"
 
 namespace {
 
@@ -89,32 +90,14 @@ StreamSpec request(std::vector<std::int32_t> prompt, std::int32_t max_tokens) {
 }
 
 // Both ends of a channel, and a model, in one thread.
-class EngineCoreTest : public testing::Test {
+class EngineCoreTest : public testing::Test, protected StepArrays {
  protected:
   explicit EngineCoreTest(const EngineConfig& config = small(), const ChannelConfig& shape = channel_config())
-      : channel_(Channel::create(shape, false)), table_(channel_, clock_), core_(config, alphabet(), clock_) {
-    const SchedulerConfig& limits = config.scheduler;
-    const std::size_t rows = limits.max_sequences, tokens = limits.token_budget;
-    tokens_.resize(tokens);
-    positions_.resize(tokens);
-    kv_slots_.resize(tokens);
-    query_start_.resize(rows + 1);
-    context_len_.resize(rows);
-    rows_.resize(rows);
-    block_table_.resize(rows * (limits.max_context / limits.block_size + 1));
-    logits_at_.resize(rows);
-    sampled_.resize(rows);
-    logprobs_.resize(rows);
-    StepBuffers buffers;
-    buffers.tokens = tokens_.data();
-    buffers.positions = positions_.data();
-    buffers.kv_slots = kv_slots_.data();
-    buffers.query_start = query_start_.data();
-    buffers.context_len = context_len_.data();
-    buffers.rows = rows_.data();
-    buffers.block_table = block_table_.data();
-    buffers.logits_at = logits_at_.data();
-    core_.bind_buffers(buffers, sampled_.data(), logprobs_.data());
+      : StepArrays(config.scheduler),
+        channel_(Channel::create(shape, false)),
+        table_(channel_, clock_),
+        core_(config, alphabet(), clock_) {
+    core_.bind_buffers(buffers(), sampled_.data(), logprobs_.data());
     core_.attach(channel_);
   }
 
@@ -203,10 +186,6 @@ class EngineCoreTest : public testing::Test {
   EngineCore core_;
   EndExtension last_end_;
   std::uint32_t last_tokens_ = 0;
-
-  std::vector<std::int32_t> tokens_, positions_, query_start_, context_len_, rows_, block_table_, sampled_;
-  std::vector<std::int64_t> kv_slots_, logits_at_;
-  std::vector<float> logprobs_;
 };
 
 TEST_F(EngineCoreTest, NothingToDoIsNoStep) {

@@ -12,6 +12,7 @@
 
 #include "rts/engine_core.hpp"
 #include "rts/stream_table.hpp"
+#include "step_arrays.hpp"
 
 namespace rts {
 namespace {
@@ -27,30 +28,18 @@ std::shared_ptr<Vocabulary> alphabet(std::size_t times) {
   return std::make_shared<Vocabulary>(tokens, std::vector{kEos}, std::vector{kEos});
 }
 
-class EngineSamplingTest : public testing::Test {
+class EngineSamplingTest : public testing::Test, protected StepArrays {
  protected:
-  static constexpr std::uint32_t kRows = 4, kTokens = 16, kContext = 256, kBlockSize = 16;
+  static constexpr SchedulerConfig kConfig{
+      .max_sequences = 4, .token_budget = 16, .block_size = 16, .num_blocks = 64, .max_context = 256};
 
   // The first letter is said so often; where that is much, the others less and less.
   explicit EngineSamplingTest(std::size_t times = 1)
-      : channel_(Channel::create({.slots = 8, .ring_records = 100, .lane_bytes = 1 << 15}, false)),
+      : StepArrays(kConfig),
+        channel_(Channel::create({.slots = 8, .ring_records = 100, .lane_bytes = 1 << 15}, false)),
         table_(channel_, clock_),
-        core_({.scheduler = {.max_sequences = kRows,
-                             .token_budget = kTokens,
-                             .block_size = kBlockSize,
-                             .num_blocks = kRows * kContext / kBlockSize,
-                             .max_context = kContext}},
-              alphabet(times), clock_) {
-    StepBuffers buffers;
-    buffers.tokens = tokens_.data();
-    buffers.positions = positions_.data();
-    buffers.kv_slots = kv_slots_.data();
-    buffers.query_start = query_start_.data();
-    buffers.context_len = context_len_.data();
-    buffers.rows = rows_.data();
-    buffers.block_table = block_table_.data();
-    buffers.logits_at = logits_at_.data();
-    core_.bind_buffers(buffers, sampled_.data(), logprobs_.data());
+        core_({.scheduler = kConfig}, alphabet(times), clock_) {
+    core_.bind_buffers(buffers(), sampled_.data(), logprobs_.data());
     core_.attach(channel_);
   }
 
@@ -103,14 +92,6 @@ class EngineSamplingTest : public testing::Test {
   StreamTable table_;
   EngineCore core_;
   std::uint32_t generated_ = 0;
-  std::vector<std::int32_t> tokens_ = std::vector<std::int32_t>(kTokens), positions_ = tokens_;
-  std::vector<std::int64_t> kv_slots_ = std::vector<std::int64_t>(kTokens);
-  std::vector<std::int32_t> query_start_ = std::vector<std::int32_t>(kRows + 1);
-  std::vector<std::int32_t> context_len_ = std::vector<std::int32_t>(kRows), rows_ = context_len_;
-  std::vector<std::int32_t> block_table_ = std::vector<std::int32_t>(kRows * kContext / kBlockSize);
-  std::vector<std::int64_t> logits_at_ = std::vector<std::int64_t>(kRows);
-  std::vector<std::int32_t> sampled_ = std::vector<std::int32_t>(kRows);
-  std::vector<float> logprobs_ = std::vector<float>(kRows);
 };
 
 TEST_F(EngineSamplingTest, ABiasChoosesOtherTokens) {

@@ -19,6 +19,7 @@
 
 #include "rts/engine_core.hpp"
 #include "rts/stream_table.hpp"
+#include "step_arrays.hpp"
 
 namespace {
 
@@ -79,29 +80,17 @@ class Letters final : public NativeModel {
   std::function<void(const NativeStep&)> then = [](const NativeStep&) {};
 };
 
-class NativeModelTest : public testing::Test {
+class NativeModelTest : public testing::Test, protected StepArrays {
  protected:
-  static constexpr std::uint32_t kRows = 4, kTokens = 16, kContext = 1024, kBlockSize = 16;
+  static constexpr SchedulerConfig kConfig{
+      .max_sequences = 4, .token_budget = 16, .block_size = 16, .num_blocks = 256, .max_context = 1024};
 
   NativeModelTest()
-      : channel_(Channel::create({.slots = 8, .ring_records = 100, .lane_bytes = 1 << 14}, false)),
+      : StepArrays(kConfig),
+        channel_(Channel::create({.slots = 8, .ring_records = 100, .lane_bytes = 1 << 14}, false)),
         table_(channel_, clock_),
-        core_({.scheduler = {.max_sequences = kRows,
-                             .token_budget = kTokens,
-                             .block_size = kBlockSize,
-                             .num_blocks = kRows * kContext / kBlockSize,
-                             .max_context = kContext}},
-              alphabet(), clock_) {
-    StepBuffers buffers;
-    buffers.tokens = tokens_.data();
-    buffers.positions = positions_.data();
-    buffers.kv_slots = kv_slots_.data();
-    buffers.query_start = query_start_.data();
-    buffers.context_len = context_len_.data();
-    buffers.rows = rows_.data();
-    buffers.block_table = block_table_.data();
-    buffers.logits_at = logits_at_.data();
-    core_.bind_buffers(buffers, sampled_.data(), logprobs_.data());
+        core_({.scheduler = kConfig}, alphabet(), clock_) {
+    core_.bind_buffers(buffers(), sampled_.data(), logprobs_.data());
     core_.attach(channel_);
   }
 
@@ -137,15 +126,6 @@ class NativeModelTest : public testing::Test {
   StreamTable table_;
   EngineCore core_;
   Letters model_;
-
-  std::vector<std::int32_t> tokens_ = std::vector<std::int32_t>(kTokens), positions_ = tokens_,
-                            query_start_ = std::vector<std::int32_t>(kRows + 1),
-                            context_len_ = std::vector<std::int32_t>(kRows), rows_ = context_len_,
-                            block_table_ = std::vector<std::int32_t>(kRows * kContext / kBlockSize),
-                            sampled_ = context_len_;
-  std::vector<std::int64_t> kv_slots_ = std::vector<std::int64_t>(kTokens),
-                            logits_at_ = std::vector<std::int64_t>(kRows);
-  std::vector<float> logprobs_ = std::vector<float>(kRows);
 };
 
 TEST_F(NativeModelTest, RunsStreamsToTheirEnds) {
