@@ -5,28 +5,11 @@
 
 #include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <exception>
-#include <limits>
 #include <stdexcept>
 #include <system_error>
 
 namespace rts {
-
-namespace {
-
-// What the sampler and the scheduler can work with; NaN is within no bounds.
-bool usable(const SamplingParams& params) {
-  constexpr float kLargest = std::numeric_limits<float>::max();
-  const auto within = [](float value, float low, float high) { return value >= low && value <= high; };
-  return params.max_tokens >= 1 && params.min_tokens >= 0 && params.min_tokens <= params.max_tokens &&
-         params.top_logprobs <= kMaxTopLogprobs && within(params.temperature, 0, kLargest) &&
-         within(params.top_p, 0, 1) && within(params.min_p, 0, 1) &&
-         within(params.repetition_penalty, std::numeric_limits<float>::min(), kLargest) &&
-         within(params.presence_penalty, -kLargest, kLargest) && within(params.frequency_penalty, -kLargest, kLargest);
-}
-
-}  // namespace
 
 // A channel as its worker sees it.
 struct EngineCore::Attached {
@@ -133,47 +116,14 @@ std::optional<EngineCore::Waiting> EngineCore::parse(Attached& from, std::span<c
   sequence.choice_index = header.choice_index;
   sequence.channel = from.index;
   sequence.slot = header.slot;
-  sequence.priority = header.priority;
-  sequence.sampling = header.sampling;
   sequence.arrival_ns = std::clamp<std::int64_t>(header.arrival_ns, 0, clock_.now_ns());
   sequence.deadline_ns = header.deadline_ns;
-  sequence.extra_key = header.extra_key;
-  sequence.prompt_tokens = header.prompt_tokens;
   from.sequences[header.slot] = &sequence;
-  if (!take_content(record, sequence)) {
+  if (!take_request(record, *vocabulary_, max_context_, sequence)) {
     finish(sequence, FinishReason::kError, StreamError::kInvalidRequest);
     return std::nullopt;
   }
   return Waiting{Ticket{header.priority, sequence.arrival_ns, header.deadline_ns}, &sequence, &sequence.waiting_handle};
-}
-
-bool EngineCore::take_content(const SubmitRecord& record, Sequence& sequence) const {
-  const SubmitHeader& header = record.header;
-  if (!record.valid || static_cast<int>(header.priority) >= kPriorities || !usable(header.sampling)) return false;
-  if (header.generated_tokens >= static_cast<std::uint32_t>(header.sampling.max_tokens)) return false;
-  const std::size_t ids = record.ids.size() / sizeof(std::int32_t);
-  if (header.prompt_tokens == 0 || ids >= max_context_) return false;
-  sequence.tokens.resize(ids);
-  std::memcpy(sequence.tokens.data(), record.ids.data(), record.ids.size());
-  sequence.published = header.generated_tokens;
-  const auto vocabulary = static_cast<std::int64_t>(vocabulary_->size());
-  const auto known = [=](std::int32_t id) { return id >= 0 && id < vocabulary; };
-  if (!std::ranges::all_of(sequence.tokens, known)) return false;
-
-  const auto usable_stop = [](const std::string& stop) { return !stop.empty() && stop.size() <= kMaxStopBytes; };
-  if (record.stops.size() > kMaxStopStrings || !std::ranges::all_of(record.stops, usable_stop)) return false;
-  if (!record.stops.empty()) sequence.stop_matcher = StopMatcher(record.stops);
-
-  const auto usable_bias = [&](const TokenBias& entry) {
-    return known(entry.token) && entry.bias >= -kMaxTokenBias && entry.bias <= kMaxTokenBias;
-  };
-  if (record.logit_bias.size() > kMaxBiasedTokens || !std::ranges::all_of(record.logit_bias, usable_bias)) return false;
-  if (record.stop_token_ids.size() > kMaxStopTokenIds || !std::ranges::all_of(record.stop_token_ids, known)) {
-    return false;
-  }
-  sequence.logit_bias = record.logit_bias;
-  sequence.stop_token_ids = record.stop_token_ids;
-  return true;
 }
 
 Sequence* EngineCore::new_sequence() {

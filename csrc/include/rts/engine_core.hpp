@@ -18,6 +18,7 @@
 #include "rts/native_model.hpp"
 #include "rts/priority_queue.hpp"
 #include "rts/publisher.hpp"
+#include "rts/request_intake.hpp"
 #include "rts/sampler.hpp"
 #include "rts/scheduler.hpp"
 #include "rts/sequence.hpp"
@@ -80,7 +81,6 @@ class EngineCore {
   void take_in();
   void drain(Attached& from);
   std::optional<Waiting> parse(Attached& from, std::span<const std::byte> bytes);
-  bool take_content(const SubmitRecord& record, Sequence& sequence) const;
   void apply_flags(Attached& channel);
   void resume_stalled();
   void ask_for_room();
