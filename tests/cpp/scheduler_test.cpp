@@ -997,9 +997,11 @@ TEST(Scheduler, HoldsItsPromisesUnderRandomLoads) {
     preemptions += simulation.preemptions();
     cached += simulation.cached();
   }
-  EXPECT_GT(positions, static_cast<std::uint64_t>(steps));
-  EXPECT_GT(preemptions, static_cast<std::uint64_t>(steps) / 1000);
-  EXPECT_GT(cached, static_cast<std::uint64_t>(steps));
+  // That the loads reach what is to be tested, whatever the seed: of 300 runs the least were 1.8 positions, 0.8 cached
+  // positions and 0.003 preemptions a step. A feature that is gone gives none.
+  EXPECT_GT(positions, static_cast<std::uint64_t>(steps) / 10);
+  EXPECT_GT(cached, static_cast<std::uint64_t>(steps) / 10);
+  EXPECT_GT(preemptions, static_cast<std::uint64_t>(steps) / 10'000);
 }
 
 }  // namespace
