@@ -242,7 +242,9 @@ def test_a_device_that_there_is_not(folder: Path) -> None:
 
 @pytest.mark.parametrize("quantized", ["int8", "int4", True])
 def test_quantizing_is_refused_and_not_ignored(folder: Path, quantized: bool | str) -> None:
-    config = ModelConfig("tiny", model_path=str(folder), device="cpu", quantized=quantized)
+    config = ModelConfig(
+        "tiny", model_path=str(folder), device="cpu", quantized=quantized, metadata={"engine": "torch"}
+    )
     spec = LoadSpec(
         config, EngineLimits(max_batch_size=1, max_step_tokens=8, max_queue=1, ageing_ms=1), path=str(folder)
     )

@@ -5,13 +5,20 @@ The GGUF side is llama.cpp's: conversion/ for names and layouts, src/models/ for
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from realtime_serve.runners.torch_lm.gguf_metadata import GgufMetadata
+from realtime_serve.checkpoints.gguf_metadata import GgufMetadata
+from realtime_serve.errors import ModelLoadError
 
-MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+ROPE_FACTORS = "rope_freqs.weight"
+"""The tensor that rotary frequencies are divided by, where there is one."""
+
+_LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)")
+_EMBEDDING = "token_embd.weight"
+_MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 _PROJECTIONS = {
     "attn_norm": "input_layernorm",
@@ -38,15 +45,42 @@ class Architecture:
     """How one is stored."""
 
     config: Callable[[GgufMetadata], dict[str, Any]]
-    """`model_type`, and what it needs beside `common_config`."""
+    """`model_type`, and what it needs beside `_common_config`."""
     layer_names: Mapping[str, str]
     has_rotary_pairs: bool = False
     """Rows of the query and key projections are rotary pairs side by side; transformers has a head's two halves."""
     norm_offset: float = 0.0
     """What a norm's stored weight is more than transformers'."""
 
+    def name_of(self, stored: str) -> str:
+        """transformers' name of a tensor; the stored one where it has none."""
+        stem, _, kind = stored.rpartition(".")
+        layer = _LAYER_TENSOR.fullmatch(stem)
+        if layer and layer[2] in self.layer_names:
+            return f"model.layers.{layer[1]}.{self.layer_names[layer[2]]}.{kind}"
+        return f"{_MODEL_NAMES[stem]}.{kind}" if stem in _MODEL_NAMES else stored
 
-def common_config(metadata: GgufMetadata) -> dict[str, Any]:
+
+def architecture_of(metadata: GgufMetadata) -> Architecture:
+    """Raises UnsupportedModelError where it is none of those below."""
+    architecture = _ARCHITECTURES.get(str(metadata.architecture))
+    if architecture is None:
+        raise metadata.unsupported(
+            f"architecture {metadata.architecture!r}", f"; supported: {', '.join(map(repr, _ARCHITECTURES))}"
+        )
+    return architecture
+
+
+def config_of(metadata: GgufMetadata) -> dict[str, Any]:
+    """What a config.json of the model would say. Raises UnsupportedModelError or ModelLoadError that names the key."""
+    values = _common_config(metadata) | architecture_of(metadata).config(metadata)
+    embedding = metadata.tensors.get(_EMBEDDING)
+    if embedding is None:
+        raise ModelLoadError(f"{metadata.source}: tensor {_EMBEDDING!r} is missing")
+    return {**values, "vocab_size": embedding.shape[0] if embedding.shape else 0, "pad_token_id": None}
+
+
+def _common_config(metadata: GgufMetadata) -> dict[str, Any]:
     heads = metadata.count("attention.head_count")
     embedding = metadata.count("embedding_length")
     head_dim = metadata.count("attention.key_length", embedding // heads)
@@ -150,7 +184,7 @@ def _layer_types(metadata: GgufMetadata, *, period: int) -> list[str]:
 
 
 # By `general.architecture`.
-ARCHITECTURES = {
+_ARCHITECTURES = {
     "llama": Architecture(_llama, _LLAMA, has_rotary_pairs=True),
     "qwen2": Architecture(_qwen2, _LLAMA),
     "qwen3": Architecture(_qwen3, {**_LLAMA, **_QUERY_KEY_NORMS}),

@@ -1,0 +1,1 @@
+"""Models on disk: what their files say and hold, before any engine makes something of it."""
