@@ -186,6 +186,45 @@ class NullModel(NativeModel):
     def __init__(self, *, first_token: int, tokens: int, step_ns: int) -> None: ...
 
 @final
+class CpuTensor:
+    """A tensor of `rows` by `columns` as bytes of a type that GGUF names; it keeps `bytes`. Where `pair_heads` is not 0
+    the rows are those of so many heads, each as rotary pairs side by side. ValueError for an unknown type."""
+
+    def __init__(
+        self, bytes: npt.NDArray[np.uint8], type: str, rows: int, columns: int, *, pair_heads: int = 0
+    ) -> None: ...
+
+@final
+class CpuWeights:
+    """A decoder's weights and the threads that run it: the parts and the spec's keys are those of
+    csrc/cpu/decoder_weights.hpp and decoder_spec.hpp. ValueError names what is missing, misshapen or not finite."""
+
+    def __init__(self, spec: dict[str, Any], tensors: dict[str, CpuTensor], *, threads: int) -> None: ...
+    @property
+    def packed_bytes(self) -> int: ...
+    def open_packed(self, path: os.PathLike[str], description: str) -> bool:
+        """Uses the matrices as they lie packed in a file, if it was made for this description and is intact."""
+    def create_packed(self, path: os.PathLike[str], description: str) -> None:
+        """Packs the matrices into a file, and uses it. OSError where there can be none."""
+    def pack(self) -> None:
+        """Packs the matrices into memory. One of the three comes before anything is computed."""
+    def logits(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """Of each position of a text, [tokens, vocabulary]."""
+
+@final
+class CpuModel(NativeModel):
+    """Runs a decoder whose weights are packed. Blocks have 16 positions. The weights serve one model at a time."""
+
+    def __init__(
+        self, weights: CpuWeights, *, max_tokens: int, max_samples: int, max_context: int, num_blocks: int
+    ) -> None: ...
+    def forward(self, batch: Any) -> npt.NDArray[np.float32]:
+        """Runs a step (a StepBatch). The logits that it wants, [samples, vocabulary]; the next step overwrites them."""
+
+def cpu_kernels() -> str:
+    """The instruction set that is used here: avx512, avx2 or portable."""
+
+@final
 class PriorityQueue:
     """Numbers by priority, deadline and arrival; one that has waited for ageing_ns goes first."""
 

@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ PACKAGE = ROOT / "realtime_serve"
 # Lowest first. A module imports only from lines above its own, or from its own.
 LAYERS = (
     ("_version", "_core", "errors", "types"),
-    ("config", "devices"),
+    ("checkpoints", "config", "devices", "extras", "machine"),
     ("batch", "hub", "installer", "payload", "randomness", "tokenizer", "runners"),
     ("_pump",),
     ("engine",),
@@ -56,6 +57,27 @@ def test_imports_point_downward(path: Path) -> None:
     sideways = {name for name in _imports(path) if name in LEVEL and name != unit and LEVEL[name] == LEVEL[unit]}
     assert not upward, f"{unit} imports {sorted(upward)}, which lie above it"
     assert not sideways or LEVEL[unit] in (0, 1, 2), f"{unit} imports {sorted(sideways)} beside it"
+
+
+def _packages(requirements: list[str]) -> set[str]:
+    """By the names that they are imported by."""
+    return {re.split(r"[^\w-]", requirement)[0].replace("-", "_") for requirement in requirements}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_what_is_imported_is_installed(path: Path) -> None:
+    """Without the extra [torch] too, but for the torch engine."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    installed = _packages(project["dependencies"])
+    if path.is_relative_to(PACKAGE / "runners" / "torch_lm"):
+        installed |= _packages(project["optional-dependencies"]["torch"])
+    imported = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            imported.add(node.module.split(".")[0])
+        elif isinstance(node, ast.Import):
+            imported.update(alias.name.split(".")[0] for alias in node.names)
+    assert imported - sys.stdlib_module_names - {"realtime_serve"} <= installed
 
 
 def test_every_module_has_a_layer() -> None:

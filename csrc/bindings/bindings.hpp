@@ -7,6 +7,7 @@ namespace rts::bindings {
 
 void register_channel(pybind11::module_& m);
 void register_channel_server(pybind11::module_& m);
+void register_cpu_model(pybind11::module_& m);
 void register_engine_core(pybind11::module_& m);
 void register_gguf(pybind11::module_& m);
 void register_native_model(pybind11::module_& m);

@@ -8,6 +8,7 @@ PYBIND11_MODULE(_core, m) {
   rts::bindings::register_channel(m);
   rts::bindings::register_channel_server(m);
   rts::bindings::register_native_model(m);
+  rts::bindings::register_cpu_model(m);
   rts::bindings::register_engine_core(m);
   rts::bindings::register_gguf(m);
   rts::bindings::register_priority_queue(m);

@@ -13,8 +13,9 @@ from realtime_serve._core import Channel
 from realtime_serve.batch import BatchScheduler
 from realtime_serve.config import BatchConfig, ModelConfig
 from realtime_serve.engine.call_loop import CallLoop
+from realtime_serve.engine.language_model import ModelOptions, load_language_model
 from realtime_serve.engine.step_loop import EngineLimits, StepLoop
-from realtime_serve.errors import ConfigError, ModelLoadError, UnsupportedModelError
+from realtime_serve.errors import ModelLoadError
 from realtime_serve.runners.base import Runner
 from realtime_serve.runners.callable import CallableModel
 from realtime_serve.runners.loader import Loader, as_runner, import_loader, import_name
@@ -145,49 +146,11 @@ async def _prepare(model: CallableModel) -> None:
 def load_runner(spec: LoadSpec) -> Runner:
     """Loads the model in this process. Raises ServeError with one line for a person where it cannot be served."""
     model, limits = spec.model, spec.limits
-    options = dict(model.metadata)
-    if spec.path == NULL_MODEL:
-        from realtime_serve.runners.null import NullRunner
+    if spec.path != NULL_MODEL:
+        return load_language_model(model, limits, Path(spec.path))
+    from realtime_serve.runners.null import NullRunner
 
-        step_ms = _number(options, "step_ms", 0.0)
-        _refuse_unknown(options, model.name)
-        return NullRunner(max_context=model.max_seq_length, max_batch_size=limits.max_batch_size, step_ms=step_ms)
-
-    if model.quantized not in (None, False):
-        raise UnsupportedModelError(
-            f"model {model.name!r}: quantized={model.quantized!r} is not supported by the torch engine, which computes"
-            " in dtype; leave it out"
-        )
-    from realtime_serve.runners.torch_lm import TorchLM
-    from realtime_serve.tokenizer import Tokenizer
-
-    kv_cache_mb = _number(options, "kv_cache_mb", 0.0)
-    prefix_cache_mb = int(_number(options, "prefix_cache_mb", 0.0)) if "prefix_cache_mb" in options else None
-    _refuse_unknown(options, model.name)
-    path = Path(spec.path)
-    return TorchLM.load(
-        path,
-        tokenizer=Tokenizer.load(path),
-        device=model.device,
-        dtype=model.dtype,
-        max_context=model.max_seq_length,
-        max_batch_size=limits.max_batch_size,
-        kv_cache_mb=int(kv_cache_mb) or None,
-        prefix_cache_mb=prefix_cache_mb,
-    )
-
-
-def _number(options: dict[str, Any], key: str, default: float) -> float:
-    value = options.pop(key, default)
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        number = -1.0
-    if not 0.0 <= number < float("inf"):
-        raise ConfigError(f"model option {key} must be a number, 0 or more; it is {value!r}")
-    return number
-
-
-def _refuse_unknown(options: dict[str, Any], model: str) -> None:
-    if options:
-        raise ConfigError(f"model {model!r} has no option {sorted(options)[0]!r}")
+    options = ModelOptions(model)
+    step_ms = options.number("step_ms", 0.0)
+    options.refuse_others()
+    return NullRunner(max_context=model.max_seq_length, max_batch_size=limits.max_batch_size, step_ms=step_ms)

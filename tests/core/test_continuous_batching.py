@@ -11,13 +11,18 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from step_driver import StepDriver
 from support import DEADLINE_S, until
 from tiny_models import TinyTokenizer, save_tiny_model
 
 from realtime_serve.engine.client import ChannelClient, ChannelShape
 from realtime_serve.engine.step_loop import EngineLimits, StepLoop
+from realtime_serve.runners.base import Float32, Runner
+from realtime_serve.runners.cpu_lm import CpuLM
+from realtime_serve.runners.cpu_lm.families import FAMILIES as NATIVE_FAMILIES
 from realtime_serve.runners.torch_lm import TorchLM
 from realtime_serve.runners.torch_lm.families import FAMILIES
 from realtime_serve.stream import TokenStream
@@ -27,27 +32,77 @@ LIMITS = EngineLimits(max_batch_size=8, max_step_tokens=48, max_queue=256, agein
 CONTEXT = 256
 BLOCKS = CONTEXT // 16
 """Of one sequence; eight can run at once."""
-# Where the two best logits are closer than this, either may come first: their rounding depends on the batch's shape.
-TOO_CLOSE = 1e-4
 ROUNDS = 20 if os.environ.get("RTS_SOAK", "0") not in ("", "0") else 1
 
 
 @dataclass
 class Model:
-    folder: Path
-    alone: torch.nn.Module
-    """transformers' own."""
+    """A tiny model and who says what it is to say."""
+
+    load: Callable[[], Runner]
+    logits: Callable[[list[int]], Float32]
+    """Of each position of a text that is computed alone, [tokens, vocabulary]."""
+    too_close: float
+    """Where the two best are closer than this, either may come first."""
+
+
+def torch_model(folder: Path, family: str) -> Model:
+    alone = save_tiny_model(folder, family)
+
+    @torch.inference_mode()
+    def logits(tokens: list[int]) -> Float32:
+        return np.asarray(alone(torch.tensor([tokens])).logits[0])
+
+    def load() -> Runner:
+        return TorchLM.load(
+            folder,
+            tokenizer=TinyTokenizer(),
+            device="cpu",
+            dtype="float32",
+            max_context=CONTEXT,
+            max_batch_size=LIMITS.max_batch_size,
+        )
+
+    return Model(load, logits, too_close=1e-4)  # rounding depends on the batch's shape
+
+
+def native_model(folder: Path, family: str) -> Model:
+    save_tiny_model(folder, family)
+
+    def load(max_batch_size: int = LIMITS.max_batch_size) -> CpuLM:
+        return CpuLM.load(
+            folder,
+            tokenizer=TinyTokenizer(),
+            max_context=CONTEXT,
+            max_batch_size=max_batch_size,
+            max_step_tokens=LIMITS.max_step_tokens,
+            threads=2,
+        )
+
+    alone = load(max_batch_size=CONTEXT)
+
+    def logits(tokens: list[int]) -> Float32:
+        driver = StepDriver(alone, max_batch_size=1)
+        sequence = driver.add(tokens)
+        driver.step([(sequence, len(tokens))])
+        return np.stack(sequence.logits)
+
+    return Model(load, logits, too_close=0.0)
+
+
+ENGINES = {"torch": torch_model, "native": native_model}
+# By engine and family; the native one's fallback is the torch engine.
+CASES = [("torch", family) for family in FAMILIES] + [("native", family) for family in NATIVE_FAMILIES]
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Model]:
-    made: dict[str, Model] = {}
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Model]:
+    made: dict[tuple[str, str], Model] = {}
 
-    def model(family: str) -> Model:
-        if family not in made:
-            folder = tmp_path_factory.mktemp(family)
-            made[family] = Model(folder, save_tiny_model(folder, family))
-        return made[family]
+    def model(engine: str, family: str = "llama") -> Model:
+        if (engine, family) not in made:
+            made[engine, family] = ENGINES[engine](tmp_path_factory.mktemp(f"{engine}-{family}"), family)
+        return made[engine, family]
 
     return model
 
@@ -56,14 +111,7 @@ class Engine:
     """A model behind the scheduler in a thread of its own, and a channel to it."""
 
     def __init__(self, model: Model, *, blocks: int, cached_blocks: int) -> None:
-        runner = TorchLM.load(
-            model.folder,
-            tokenizer=TinyTokenizer(),
-            device="cpu",
-            dtype="float32",
-            max_context=CONTEXT,
-            max_batch_size=LIMITS.max_batch_size,
-        )
+        runner = model.load()
         assert blocks <= runner.num_blocks
         runner.num_blocks, runner.cached_blocks = blocks, cached_blocks
         self._step_loop = StepLoop(runner, LIMITS)
@@ -155,13 +203,9 @@ def a_mix(rng: random.Random, count: int) -> list[Request]:
 def check_as_alone(model: Model, request: Request, answer: Answer) -> None:
     """Every token is the model's own best one behind what came before it, and it ends where it is to end."""
     prompt, tokens = request.prompt, answer.tokens
-    with torch.inference_mode():
-        logits = model.alone(torch.tensor([prompt + tokens[:-1]])).logits[0, len(prompt) - 1 :]
-    best, at = logits.topk(2)
+    logits = model.logits(prompt + tokens[:-1])[len(prompt) - 1 :]
     for step, token in enumerate(tokens):
-        if token != at[step, 0]:
-            assert token == at[step, 1], f"token {step} of {len(tokens)}"
-            assert best[step, 0] - best[step, 1] < TOO_CLOSE, f"token {step} of {len(tokens)}"
+        assert logits[step].max() - logits[step, token] <= model.too_close, f"token {step} of {len(tokens)}"
     spelled = ["" if token in TinyTokenizer.special_tokens else str(token) for token in tokens]
     printed = "".join(spelled)
     ends = [end for stop in request.stop if (end := printed.find(stop)) >= 0]
@@ -187,21 +231,23 @@ async def check_a_mix(model: Model, seed: int, count: int, *, blocks: int, cache
 @pytest.mark.parametrize("cached", [False, True], ids=["no prefixes", "prefixes"])
 @pytest.mark.parametrize("blocks", [8 * BLOCKS, 2 * BLOCKS, BLOCKS], ids=["enough", "a quarter", "one context's"])
 @pytest.mark.parametrize("seed", range(ROUNDS))
+@pytest.mark.parametrize("engine", ENGINES)
 async def test_every_answer_is_as_if_it_were_alone(
-    tiny: Callable[[str], Model], blocks: int, cached: bool, seed: int
+    tiny: Callable[..., Model], engine: str, blocks: int, cached: bool, seed: int
 ) -> None:
-    await check_a_mix(tiny("llama"), seed, 24, blocks=blocks, cached_blocks=blocks if cached else 0)
+    await check_a_mix(tiny(engine), seed, 24, blocks=blocks, cached_blocks=blocks if cached else 0)
 
 
-@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "llama"])
-async def test_so_it_is_with_every_family(tiny: Callable[[str], Model], family: str) -> None:
-    await check_a_mix(tiny(family), 1, 10, blocks=2 * BLOCKS, cached_blocks=2 * BLOCKS)
+@pytest.mark.parametrize(("engine", "family"), [case for case in CASES if case[1] != "llama"])
+async def test_so_it_is_with_every_family(tiny: Callable[..., Model], engine: str, family: str) -> None:
+    await check_a_mix(tiny(engine, family), 1, 10, blocks=2 * BLOCKS, cached_blocks=2 * BLOCKS)
 
 
 @pytest.mark.parametrize("cached_blocks", [0, 2 * BLOCKS])
-async def test_blocks_for_a_quarter_of_the_load(tiny: Callable[[str], Model], cached_blocks: int) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_blocks_for_a_quarter_of_the_load(tiny: Callable[..., Model], engine: str, cached_blocks: int) -> None:
     """Eight that begin with two blocks each and grow to fourteen, and 32 blocks."""
-    model = tiny("llama")
+    model = tiny(engine)
     requests = [Request([2 + own] * 20, 200) for own in range(8)]
     async with running(model, blocks=2 * BLOCKS, cached_blocks=cached_blocks) as engine:
         answers = await asyncio.gather(*(ask(engine, request) for request in requests))
@@ -210,9 +256,10 @@ async def test_blocks_for_a_quarter_of_the_load(tiny: Callable[[str], Model], ca
         check_as_alone(model, request, answer)
 
 
-async def test_a_prefix_in_common_is_computed_once(tiny: Callable[[str], Model]) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_a_prefix_in_common_is_computed_once(tiny: Callable[..., Model], engine: str) -> None:
     prompt = list(range(2, 102))
-    async with running(tiny("llama"), blocks=8 * BLOCKS, cached_blocks=8 * BLOCKS) as engine:
+    async with running(tiny(engine), blocks=8 * BLOCKS, cached_blocks=8 * BLOCKS) as engine:
         first = await ask(engine, Request(prompt, 1))
         assert first.stream.usage.cached_tokens == 0
         for own in (103, 104):
@@ -220,9 +267,10 @@ async def test_a_prefix_in_common_is_computed_once(tiny: Callable[[str], Model])
             assert answer.stream.usage.cached_tokens == 96
 
 
-async def test_requests_of_one_prefix_that_come_together(tiny: Callable[[str], Model]) -> None:
+@pytest.mark.parametrize("engine", ENGINES)
+async def test_requests_of_one_prefix_that_come_together(tiny: Callable[..., Model], engine: str) -> None:
     """None of them has computed it when the others are admitted."""
     prompt = list(range(2, 102))
-    async with running(tiny("llama"), blocks=8 * BLOCKS, cached_blocks=8 * BLOCKS) as engine:
+    async with running(tiny(engine), blocks=8 * BLOCKS, cached_blocks=8 * BLOCKS) as engine:
         answers = await asyncio.gather(*(ask(engine, Request([*prompt, 103 + own], 2)) for own in range(8)))
     assert sorted(answer.stream.usage.cached_tokens for answer in answers) == [0] + 7 * [96]

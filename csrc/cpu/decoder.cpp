@@ -1,0 +1,336 @@
+#include "cpu/decoder.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+#include <string>
+
+#include "rts/cache_line.hpp"
+
+namespace rts::cpu {
+namespace {
+
+// Up to so many rows, each thread quantizes all of them for itself: half a microsecond a row, as long as waiting for
+// the other threads takes.
+constexpr std::size_t kOwnRows = 2;
+// A product's panels are shared out in about so many parts a thread: a thread that was delayed leaves its parts to the
+// others.
+constexpr std::size_t kPartsOfAThread = 6;
+constexpr std::size_t kPhases = 6;  // of a layer, whose work is shared out
+
+struct Range {
+  std::size_t begin, end;
+};
+
+Range part_of(std::size_t items, std::size_t part, std::size_t parts) {
+  return {items * part / parts, items * (part + 1) / parts};
+}
+
+std::size_t whole_groups(std::size_t inputs) {
+  return (inputs + kGroup - 1) / kGroup * kGroup;
+}
+
+std::size_t whole_vectors(std::size_t outputs) {
+  return (outputs + kLanes - 1) / kLanes * kLanes;
+}
+
+}  // namespace
+
+// What is left of a phase's work.
+struct alignas(kCacheLine) Decoder::Work {
+  std::atomic<std::size_t> next{0};
+
+  // Calls `take(begin, end)` with parts of [0, items) that no other thread gets.
+  template <typename Take>
+  void share(std::size_t items, std::size_t part, Take&& take) {
+    for (std::size_t begin; (begin = next.fetch_add(part, std::memory_order_relaxed)) < items;) {
+      take(begin, std::min(begin + part, items));
+    }
+  }
+};
+
+struct Decoder::Product {
+  const PackedMatrix* matrix;
+  float* out;
+  std::size_t stride;
+  Epilogue epilogue = Epilogue::kStore;
+};
+
+// Memory for quantized rows of any width up to a bound.
+class Decoder::Activations {
+ public:
+  Activations(std::size_t rows, std::size_t max_inputs)
+      : values_(rows * max_inputs),
+        scales_(rows * max_inputs / kGroup * sizeof(float)),
+        corrections_(rows * max_inputs / kGroup * sizeof(std::int32_t)),
+        sums_(rows * max_inputs / kGroup * sizeof(float)) {}
+
+  QuantizedRows rows(std::size_t inputs) const {
+    return {.inputs = whole_groups(inputs),
+            .values = values_.as<std::int8_t>(),
+            .scales = scales_.as<float>(),
+            .corrections = corrections_.as<std::int32_t>(),
+            .sums = sums_.as<float>()};
+  }
+
+ private:
+  AnonymousMemory values_, scales_, corrections_, sums_;
+};
+
+Decoder::Decoder(const DecoderSpec& spec, const DecoderWeights& weights, ThreadPool& threads, const Kernels& kernels,
+                 const DecoderLimits& limits)
+    : spec_(spec),
+      weights_(weights),
+      threads_(threads),
+      kernels_(kernels),
+      limits_(limits),
+      kv_(spec, limits.num_blocks),
+      work_(spec.layers * kPhases + 1) {
+  const auto floats = [&](std::size_t rows, std::size_t columns) {
+    return memory_.emplace_back(rows * columns * sizeof(float)).as<float>();
+  };
+  const std::size_t tokens = limits.max_tokens, queries = spec.heads * spec.head_dim;
+  x_ = floats(tokens, spec.hidden);
+  branch_ = floats(tokens, spec.hidden);
+  q_ = floats(tokens, queries);
+  k_ = floats(tokens, spec.kv_heads * spec.head_dim);
+  v_ = floats(tokens, spec.kv_heads * spec.head_dim);
+  attended_ = floats(tokens, queries);
+  inner_ = floats(tokens, whole_vectors(spec.intermediate));
+  angles_ = floats(tokens, 4 * (spec.head_dim / 2));
+  logits_ = floats(limits.max_samples, spec.vocabulary);
+  const std::size_t widest = whole_groups(std::max({spec.hidden, queries, whole_vectors(spec.intermediate)}));
+  shared_ = std::make_unique<Activations>(std::max(tokens, limits.max_samples), widest);
+  const AttentionShape shape{.heads = spec.heads / spec.kv_heads, .kv_heads = 1, .head_dim = spec.head_dim};
+  for (std::size_t i = 0; i < threads.threads(); ++i) {
+    own_.push_back(std::make_unique<Activations>(kOwnRows, widest));
+    scratch_.push_back(floats(1, std::max(attention_scratch(shape), spec.hidden)));
+  }
+}
+
+Decoder::~Decoder() = default;
+
+void Decoder::step(const NativeStep& step) {
+  step.sample(forward(step.shape, step.batch));
+}
+
+std::span<const float> Decoder::forward(const StepShape& shape, const StepBuffers& batch) {
+  if (shape.tokens > limits_.max_tokens || shape.samples > limits_.max_samples) {
+    throw std::length_error("a step of " + std::to_string(shape.tokens) + " tokens and " +
+                            std::to_string(shape.samples) + " samples is larger than the model's memory");
+  }
+  shape_ = shape;
+  batch_ = batch;
+  plan_attention();
+  for (Work& work : work_) work.next.store(0, std::memory_order_relaxed);
+  threads_.run([this](std::size_t thread) { run(thread); });
+  return {logits_, shape.samples * spec_.vocabulary};
+}
+
+void Decoder::plan_attention() {
+  attentions_.clear();
+  has_chunks_ = false;
+  for (std::size_t sequence = 0; sequence < shape_.sequences; ++sequence) {
+    const auto first = static_cast<std::size_t>(batch_.query_start[sequence]);
+    const auto last = static_cast<std::size_t>(batch_.query_start[sequence + 1]);
+    if (last - first > 1) has_chunks_ = true;
+    for (std::size_t row = first; row < last; row += kMaxQueries) {
+      for (std::size_t kv_head = 0; kv_head < spec_.kv_heads; ++kv_head) {
+        attentions_.push_back({sequence, row, std::min(kMaxQueries, last - row), kv_head});
+      }
+    }
+  }
+}
+
+// A thread's way through the layers.
+void Decoder::run(std::size_t thread) {
+  const std::size_t threads = threads_.threads(), tokens = shape_.tokens, hidden = spec_.hidden;
+  const std::size_t queries = spec_.heads * spec_.head_dim, keys = spec_.kv_heads * spec_.head_dim;
+  const std::size_t inner = whole_vectors(spec_.intermediate);
+  float* const scratch = scratch_[thread];
+  Work* work = work_.data();
+
+  const Range mine = part_of(tokens, thread, threads);
+  for (std::size_t row = mine.begin; row < mine.end; ++row) embed(row);
+  threads_.wait_for_all();
+
+  // A row of x, normalised, after what a branch has left for it is added.
+  const auto normalised = [&](const NormWeights& norm, const NormWeights* post_norm) {
+    return [this, &norm, post_norm, scratch](std::size_t row) -> const float* {
+      if (post_norm != nullptr && *post_norm) add_branch(*post_norm, row);
+      normalise(norm, x_ + row * spec_.hidden, spec_.hidden, scratch);
+      return scratch;
+    };
+  };
+  // Where a branch's product goes: to x at once, unless it is normalised before.
+  const auto into_x = [&](const PackedMatrix& matrix, const NormWeights& post_norm) {
+    return post_norm ? Product{&matrix, branch_, hidden} : Product{&matrix, x_, hidden, Epilogue::kAdd};
+  };
+
+  const NormWeights* left = nullptr;  // the post-norm of the branch before
+  for (std::size_t i = 0; i < spec_.layers; ++i) {
+    const LayerWeights& layer = weights_.layer(i);
+    QuantizedRows input =
+        quantize_rows(thread, hidden, tokens, left != nullptr && *left, normalised(layer.attention_norm, left));
+    multiply(*work++, {{{&layer.q, q_, queries}, {&layer.k, k_, keys}, {&layer.v, v_, keys}}}, input, tokens);
+    threads_.wait_for_all();
+
+    Work& turned = *work++;
+    Work& attended = *work++;
+    attend(thread, i, turned, attended);
+    threads_.wait_for_all();
+
+    input = quantize_rows(thread, queries, tokens, false,
+                          [&](std::size_t row) -> const float* { return attended_ + row * queries; });
+    multiply(*work++, {{into_x(layer.output, layer.attention_post_norm)}}, input, tokens);
+    threads_.wait_for_all();
+
+    input = quantize_rows(thread, hidden, tokens, static_cast<bool>(layer.attention_post_norm),
+                          normalised(layer.mlp_norm, &layer.attention_post_norm));
+    multiply(*work++, {{{&layer.up, inner_, inner, spec_.activation}}}, input, tokens);
+    threads_.wait_for_all();
+
+    input = quantize_rows(thread, spec_.intermediate, tokens, false,
+                          [&](std::size_t row) -> const float* { return inner_ + row * inner; });
+    multiply(*work++, {{into_x(layer.down, layer.mlp_post_norm)}}, input, tokens);
+    threads_.wait_for_all();
+    left = &layer.mlp_post_norm;
+  }
+
+  const QuantizedRows input =
+      quantize_rows(thread, hidden, shape_.samples, left != nullptr && *left, [&](std::size_t sample) -> const float* {
+        return normalised(weights_.norm(), left)(static_cast<std::size_t>(batch_.logits_at[sample]));
+      });
+  multiply(*work, {{{&weights_.head(), logits_, spec_.vocabulary}}}, input, shape_.samples);
+}
+
+void Decoder::embed(std::size_t row) {
+  float* const x = x_ + row * spec_.hidden;
+  weights_.embed(static_cast<std::size_t>(batch_.tokens[row]), {x, spec_.hidden});
+  if (spec_.embedding_scale != 1.0F) {
+    for (std::size_t i = 0; i < spec_.hidden; ++i) x[i] *= spec_.embedding_scale;
+  }
+  const std::int32_t position = batch_.positions[row];
+  if (weights_.has_positions()) {
+    float* const own = branch_ + row * spec_.hidden;
+    weights_.embed_position(static_cast<std::size_t>(position), {own, spec_.hidden});
+    kernels_.add(x, own, spec_.hidden);
+  }
+  const std::size_t half = spec_.head_dim / 2;
+  float* angles = angles_ + row * 4 * half;
+  for (const std::vector<float>* table : {&spec_.frequencies, &spec_.local_frequencies}) {
+    for (std::size_t i = 0; i < table->size(); ++i) {
+      const double angle = static_cast<float>(position) * (*table)[i];
+      angles[i] = static_cast<float>(std::cos(angle));
+      angles[half + i] = static_cast<float>(std::sin(angle));
+    }
+    angles += 2 * half;
+  }
+}
+
+void Decoder::attend(std::size_t thread, std::size_t layer, Work& turned, Work& attended) {
+  const std::size_t group = spec_.heads / spec_.kv_heads, head_dim = spec_.head_dim;
+  const std::size_t queries = spec_.heads * head_dim;
+  const std::size_t row_blocks = (limits_.max_context + kBlockPositions - 1) / kBlockPositions;
+  const AttentionShape shape{.heads = group,
+                             .kv_heads = 1,
+                             .head_dim = head_dim,
+                             .scale = spec_.attention_scale,
+                             .window = spec_.windows[layer]};
+  if (has_chunks_) {  // a chunk's later queries see its earlier ones
+    const std::size_t items = shape_.tokens * spec_.kv_heads;
+    turned.share(items, std::max<std::size_t>(1, items / (threads_.threads() * kPartsOfAThread)),
+                 [&](std::size_t begin, std::size_t end) {
+                   for (std::size_t i = begin; i < end; ++i) {
+                     turn_and_store(layer, i / spec_.kv_heads, i % spec_.kv_heads);
+                   }
+                 });
+    threads_.wait_for_all();
+  }
+  attended.share(attentions_.size(), 1, [&](std::size_t i, std::size_t) {
+    const Attention& attention = attentions_[i];
+    if (!has_chunks_) turn_and_store(layer, attention.first_row, attention.kv_head);
+    const std::size_t at = attention.first_row * queries + attention.kv_head * group * head_dim;
+    kernels_.attend(
+        shape, kv_.of(layer, attention.kv_head),
+        {.block_table = batch_.block_table + static_cast<std::size_t>(batch_.rows[attention.sequence]) * row_blocks,
+         .kv_head = 0,
+         .first_position = static_cast<std::size_t>(batch_.positions[attention.first_row]),
+         .queries = attention.queries,
+         .query = q_ + at,
+         .query_stride = queries,
+         .out = attended_ + at,
+         .out_stride = queries,
+         .scratch = scratch_[thread]});
+  });
+}
+
+// Normalises and turns the heads of a KV head, its queries and its key, and stores key and value.
+void Decoder::turn_and_store(std::size_t layer, std::size_t row, std::size_t kv_head) {
+  const LayerWeights& weights = weights_.layer(layer);
+  const std::size_t group = spec_.heads / spec_.kv_heads, head_dim = spec_.head_dim, half = head_dim / 2;
+  const bool is_local = spec_.windows[layer] != 0 && !spec_.local_frequencies.empty();
+  const float* const cosines = angles_ + row * 4 * half + (is_local ? 2 * half : 0);
+  const auto turn = [&](const NormWeights& norm, float* head) {
+    if (norm) normalise(norm, head, head_dim, head);
+    if (!spec_.frequencies.empty()) kernels_.rotate_positions(head, head_dim, cosines, cosines + half);
+  };
+  float* const query = q_ + (row * spec_.heads + kv_head * group) * head_dim;
+  for (std::size_t head = 0; head < group; ++head) turn(weights.q_norm, query + head * head_dim);
+  const std::size_t at = (row * spec_.kv_heads + kv_head) * head_dim;
+  turn(weights.k_norm, k_ + at);
+  kernels_.store_kv({.heads = group, .kv_heads = 1, .head_dim = head_dim}, kv_.of(layer, kv_head), batch_.kv_slots[row],
+                    k_ + at, v_ + at);
+}
+
+void Decoder::multiply(Work& work, std::span<const Product> products, const QuantizedRows& input, std::size_t rows) {
+  std::size_t panels = 0;
+  for (const Product& product : products) panels += product.matrix->shape.panels();
+  const std::size_t part = std::max<std::size_t>(1, panels / (threads_.threads() * kPartsOfAThread));
+  work.share(panels, part, [&](std::size_t begin, std::size_t end) {
+    for (const Product& product : products) {
+      const std::size_t own = product.matrix->shape.panels();
+      if (begin < own) {
+        kernels_.multiply(*product.matrix, begin, std::min(end, own), input, rows, product.epilogue, product.out,
+                          product.stride);
+      }
+      if (end <= own) return;
+      begin = begin > own ? begin - own : 0;
+      end -= own;
+    }
+  });
+}
+
+// Quantizes the rows that `row_of` gives; all are there when it returns. `is_once`: `row_of` must be called once a row.
+template <typename RowOf>
+QuantizedRows Decoder::quantize_rows(std::size_t thread, std::size_t columns, std::size_t rows, bool is_once,
+                                     RowOf&& row_of) {
+  if (rows <= kOwnRows && (!is_once || threads_.threads() == 1)) {
+    const QuantizedRows own = own_[thread]->rows(columns);
+    for (std::size_t row = 0; row < rows; ++row) kernels_.quantize(row_of(row), columns, columns, 1, own, row);
+    return own;
+  }
+  const QuantizedRows shared = shared_->rows(columns);
+  const Range mine = part_of(rows, thread, threads_.threads());
+  for (std::size_t row = mine.begin; row < mine.end; ++row) {
+    kernels_.quantize(row_of(row), columns, columns, 1, shared, row);
+  }
+  threads_.wait_for_all();
+  return shared;
+}
+
+void Decoder::normalise(const NormWeights& norm, const float* x, std::size_t size, float* out) const {
+  if (spec_.norm == NormKind::kRms) {
+    kernels_.rms_norm(x, norm.weight.data(), size, spec_.norm_epsilon, out);
+  } else {
+    kernels_.layer_norm(x, norm.weight.data(), norm.bias.data(), size, spec_.norm_epsilon, out);
+  }
+}
+
+void Decoder::add_branch(const NormWeights& post_norm, std::size_t row) {
+  float* const branch = branch_ + row * spec_.hidden;
+  normalise(post_norm, branch, spec_.hidden, branch);
+  kernels_.add(x_ + row * spec_.hidden, branch, spec_.hidden);
+}
+
+}  // namespace rts::cpu

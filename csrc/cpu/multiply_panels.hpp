@@ -1,0 +1,228 @@
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+
+#include "cpu/kernels.hpp"
+#include "cpu/vector_exp.hpp"
+
+namespace rts::cpu {
+
+inline constexpr std::size_t kCacheLine = 64;
+inline constexpr std::size_t kPrefetchBytes = 4 * kCacheLine;
+
+// The part of a product that is computed in registers: some rows of `input`, one panel or two neighbours, and the
+// groups of a chunk.
+struct Tile {
+  const std::byte* weights;  // of the first panel's first group
+  std::size_t panel_bytes;
+  const QuantizedRows* input;
+  std::size_t first_row;
+  std::size_t first_group;
+  std::size_t groups;  // of the chunk
+  // The chunk's, as floats: [groups][panels × kPanelOutputs].
+  const float* scales;
+  const float* minimums;
+  // To be prefetched: so many times kPrefetchBytes with each group.
+  const std::byte* next;
+  std::size_t prefetches;
+};
+
+// To be called once a group.
+static inline void prefetch_next(const Tile& tile, const std::byte*& next) noexcept {
+  for (std::size_t i = 0; i < tile.prefetches; ++i, next += kPrefetchBytes) {
+#pragma GCC unroll 4
+    for (std::size_t at = 0; at < kPrefetchBytes; at += kCacheLine) __builtin_prefetch(next + at);
+  }
+}
+
+// Adds to [rows][panels × kPanelOutputs] floats at a multiple of 64 bytes what is summed in PackedMatrix.
+using MultiplyTile = void (*)(const Tile& tile, float* sums) noexcept;
+
+// An instruction set's tiles: [n - 1] is for n rows.
+using TileRows = std::span<const MultiplyTile>;
+struct TileTable {
+  TileRows one_panel;
+  TileRows two_panels;  // none: panels are taken one by one
+};
+
+// x / (1 + e^-t)
+template <typename Vector>
+inline Vector sigmoid_product(Vector x, Vector t) {
+  const Vector zero, one = Vector::broadcast(1.0F);
+  const Vector power = exp_or_zero(select_less(t, zero, t, zero - t));
+  return x * select_less(t, zero, power, one) / (one + power);
+}
+
+template <typename Vector>
+inline Vector silu(Vector x) {
+  return sigmoid_product(x, x);
+}
+
+// (1 + tanh z) / 2 is 1 / (1 + e^-2z), with z = sqrt(2 / π) (x + 0.044715 x³).
+template <typename Vector>
+inline Vector gelu(Vector x) {
+  constexpr float kLinear = 1.5957691216F, kCubic = 0.0713548163F;  // of 2z
+  return sigmoid_product(x, x * multiply_add(x * x, Vector::broadcast(kCubic), Vector::broadcast(kLinear)));
+}
+
+// What follows a panel's sums.
+template <typename Vector>
+class PanelOutputs {
+ public:
+  PanelOutputs(const PackedMatrix& matrix, std::size_t panel, Epilogue epilogue)
+      : epilogue_(epilogue), multiplier_(Vector::broadcast(matrix.multiplier)), panel_(panel) {
+    for (std::size_t v = 0; v < kVectors; ++v) {
+      const std::size_t output = panel * kPanelOutputs + v * kLanes;
+      present_[v] = std::min(kLanes, matrix.shape.outputs - std::min(output, matrix.shape.outputs));
+      if (matrix.bias != nullptr) bias_[v] = Vector::load_first(matrix.bias + output, present_[v]);
+    }
+  }
+
+  void write_row(const float* sums, float* row) const {
+    const Vector first = multiply_add(Vector::load(sums), multiplier_, bias_[0]);
+    const Vector second = multiply_add(Vector::load(sums + kLanes), multiplier_, bias_[1]);
+    float* const to = row + panel_ * kPanelOutputs;
+    float* const gated = row + panel_ * kLanes;
+    switch (epilogue_) {
+      case Epilogue::kStore:
+        first.store_first(to, present_[0]);
+        second.store_first(to + kLanes, present_[1]);
+        break;
+      case Epilogue::kAdd:
+        (Vector::load_first(to, present_[0]) + first).store_first(to, present_[0]);
+        (Vector::load_first(to + kLanes, present_[1]) + second).store_first(to + kLanes, present_[1]);
+        break;
+      case Epilogue::kGelu:
+        gelu(first).store_first(to, present_[0]);
+        gelu(second).store_first(to + kLanes, present_[1]);
+        break;
+      case Epilogue::kSiluGate:
+        (silu(first) * second).store_first(gated, present_[1]);
+        break;
+      case Epilogue::kGeluGate:
+        (gelu(first) * second).store_first(gated, present_[1]);
+        break;
+    }
+  }
+
+ private:
+  static constexpr std::size_t kVectors = kPanelOutputs / kLanes;
+
+  Epilogue epilogue_;
+  Vector multiplier_;
+  Vector bias_[kVectors];
+  std::size_t panel_;
+  std::size_t present_[kVectors];
+};
+
+// The order of the tiles:
+//   blocks of rows whose activations stay in the second-level cache,
+//   one or two panels, so that weights come from memory once a block,
+//   strips of rows, whose sums are kept on the stack,
+//   chunks of groups, whose weights stay in the first-level cache for all of a strip's tiles.
+// Meanwhile the next panels are prefetched, a part with each tile.
+template <typename Vector>
+class PanelMultiplier {
+ public:
+  PanelMultiplier(const TileTable& tiles, const PackedMatrix& matrix, const QuantizedRows& input, Epilogue epilogue,
+                  float* out, std::size_t stride)
+      : tiles_(tiles), matrix_(matrix), input_(input), epilogue_(epilogue), out_(out), stride_(stride) {}
+
+  void multiply(std::size_t first_panel, std::size_t last_panel, std::size_t rows) const noexcept {
+    const std::size_t widest = tiles_.two_panels.empty() ? 1 : kMaxPanels;
+    const std::size_t block_rows = std::max<std::size_t>(1, kBlockBytes / input_.inputs);
+    for (std::size_t row = 0; row < rows; row += block_rows) {
+      const std::size_t end = std::min(rows, row + block_rows);
+      for (std::size_t panel = first_panel; panel < last_panel; panel += widest) {
+        const std::size_t panels = std::min(widest, last_panel - panel);
+        multiply_rows(panel, panels, std::min(widest, last_panel - panel - panels), row, end);
+      }
+    }
+  }
+
+ private:
+  static constexpr std::size_t kBlockBytes = 512 << 10;
+  static constexpr std::size_t kStripRows = 48;
+  static constexpr std::size_t kChunkGroups = 9;
+  static constexpr std::size_t kMaxPanels = 2;
+  static constexpr std::size_t kValueBytes = kPanelOutputs * kGroup;  // of a panel's group
+  static constexpr std::size_t kHalfBytes = kPanelOutputs * sizeof(std::uint16_t);
+
+  static std::size_t parts_of(std::size_t whole, std::size_t most) { return (whole + most - 1) / most; }
+  const std::byte* panel_at(std::size_t panel) const { return matrix_.bytes + panel * matrix_.shape.panel_bytes(); }
+
+  // Once for all tiles of a strip: of a tile's arithmetic it would be a tenth.
+  void convert_halves(const Tile& tile, std::size_t panels, std::size_t offset, float* out) const noexcept {
+    for (std::size_t group = 0; group < tile.groups; ++group) {
+      for (std::size_t panel = 0; panel < panels; ++panel) {
+        const std::byte* const from =
+            tile.weights + panel * tile.panel_bytes + group * matrix_.shape.group_bytes() + offset;
+        for (std::size_t i = 0; i < kPanelOutputs; i += kLanes, out += kLanes) {
+          Vector::load(reinterpret_cast<const std::uint16_t*>(from) + i).store(out);
+        }
+      }
+    }
+  }
+
+  // While `panels` are multiplied, the `next_panels` behind them are prefetched.
+  void multiply_rows(std::size_t panel, std::size_t panels, std::size_t next_panels, std::size_t first_row,
+                     std::size_t last_row) const noexcept {
+    const TileRows tiles = panels == 1 ? tiles_.one_panel : tiles_.two_panels;
+    const std::size_t steps = parts_of(last_row - first_row, tiles.size()) * input_.groups();
+    alignas(kCacheLine) float scales[kChunkGroups * kMaxPanels * kPanelOutputs];
+    alignas(kCacheLine) float minimums[kChunkGroups * kMaxPanels * kPanelOutputs];
+    const std::size_t prefetches = parts_of(next_panels * matrix_.shape.panel_bytes(), kPrefetchBytes);
+    Tile tile{.weights = nullptr,
+              .panel_bytes = matrix_.shape.panel_bytes(),
+              .input = &input_,
+              .first_row = first_row,
+              .first_group = 0,
+              .groups = 0,
+              .scales = scales,
+              .minimums = minimums,
+              .next = panel_at(panel + panels),
+              .prefetches = parts_of(prefetches, steps)};
+    const std::size_t strips = parts_of(last_row - first_row, kStripRows);
+    for (std::size_t strip = 0, row = first_row; strip < strips; ++strip) {
+      // As equal as can be, as are the tiles of a strip: those of few rows are slow.
+      const std::size_t strip_rows = parts_of(last_row - row, strips - strip);
+      alignas(kCacheLine) float sums[kStripRows * kMaxPanels * kPanelOutputs];
+      const std::size_t outputs = panels * kPanelOutputs;
+      std::memset(sums, 0, strip_rows * outputs * sizeof(float));
+      for (tile.first_group = 0; tile.first_group < input_.groups(); tile.first_group += tile.groups) {
+        tile.groups = std::min(kChunkGroups, input_.groups() - tile.first_group);
+        tile.weights = panel_at(panel) + tile.first_group * matrix_.shape.group_bytes();
+        convert_halves(tile, panels, kValueBytes, scales);
+        if (matrix_.shape.has_minimums) convert_halves(tile, panels, kValueBytes + kHalfBytes, minimums);
+        for (std::size_t done = 0, left = parts_of(strip_rows, tiles.size()); left > 0; --left) {
+          const std::size_t tile_rows = parts_of(strip_rows - done, left);
+          tile.first_row = row + done;
+          tiles[tile_rows - 1](tile, sums + done * outputs);
+          tile.next += tile.groups * tile.prefetches * kPrefetchBytes;
+          if (tile.next >= panel_at(panel + panels + next_panels)) tile.prefetches = 0;
+          done += tile_rows;
+        }
+      }
+      for (std::size_t i = 0; i < panels; ++i) {
+        const PanelOutputs<Vector> to(matrix_, panel + i, epilogue_);
+        for (std::size_t done = 0; done < strip_rows; ++done) {
+          to.write_row(sums + done * outputs + i * kPanelOutputs, out_ + (row + done) * stride_);
+        }
+      }
+      row += strip_rows;
+    }
+  }
+
+  TileTable tiles_;
+  const PackedMatrix& matrix_;
+  const QuantizedRows& input_;
+  Epilogue epilogue_;
+  float* out_;
+  std::size_t stride_;
+};
+
+}  // namespace rts::cpu

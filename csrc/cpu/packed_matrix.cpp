@@ -1,0 +1,243 @@
+#include "cpu/packed_matrix.hpp"
+
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <vector>
+
+#include "cpu/half.hpp"
+#include "cpu/quantization.hpp"
+
+namespace rts::cpu {
+namespace {
+
+using GroupValues = std::array<std::int8_t, kGroup>;
+
+// A group of a 4-bit type: scale × q + minimum, q in 0..15.
+struct FourBitGroup {
+  float scale;
+  float minimum;
+  std::array<std::uint8_t, kGroup> quants;
+
+  // Of the integers less 8, whose transform is not normalised.
+  float packed_scale() const { return scale * kRotationNorm; }
+  float packed_minimum() const { return minimum + 8.0F * scale; }
+  GroupValues packed_values() const {
+    std::array<std::int16_t, kGroup> wide;
+    for (std::size_t i = 0; i < kGroup; ++i) wide[i] = static_cast<std::int16_t>(quants[i] - 8);
+    for (std::size_t i = 0; i < kGroup; i += kRotation) rotate(wide.data() + i);
+    GroupValues values;
+    for (std::size_t i = 0; i < kGroup; ++i) values[i] = static_cast<std::int8_t>(wide[i]);
+    return values;
+  }
+};
+
+// The blocks as gguf_types.cpp describes them.
+struct BlockQ4_0 {
+  static constexpr std::size_t kGroups = 1;
+  std::uint16_t scale;
+  std::uint8_t pairs[kGroup / 2];
+};
+struct BlockQ4_1 {
+  static constexpr std::size_t kGroups = 1;
+  std::uint16_t scale;
+  std::uint16_t minimum;
+  std::uint8_t pairs[kGroup / 2];
+};
+struct BlockQ4_K {
+  static constexpr std::size_t kGroups = 8;
+  std::uint16_t scale;
+  std::uint16_t minimum;
+  std::uint8_t shares[12];
+  std::uint8_t pairs[kGroups * kGroup / 2];
+};
+static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 && sizeof(BlockQ4_K) == 144);
+
+std::array<std::uint8_t, kGroup> unpack_halves(const std::uint8_t (&pairs)[kGroup / 2]) {
+  std::array<std::uint8_t, kGroup> quants;
+  for (std::size_t i = 0; i < kGroup / 2; ++i) {
+    quants[i] = pairs[i] & 15;
+    quants[i + kGroup / 2] = static_cast<std::uint8_t>(pairs[i] >> 4);
+  }
+  return quants;
+}
+
+FourBitGroup group_of(const BlockQ4_0& block, std::size_t) {
+  const float scale = from_half(block.scale);
+  return {.scale = scale, .minimum = -8.0F * scale, .quants = unpack_halves(block.pairs)};
+}
+
+FourBitGroup group_of(const BlockQ4_1& block, std::size_t) {
+  return {.scale = from_half(block.scale), .minimum = from_half(block.minimum), .quants = unpack_halves(block.pairs)};
+}
+
+FourBitGroup group_of(const BlockQ4_K& block, std::size_t group) {
+  const std::uint8_t* const shares = block.shares;
+  int scale, minimum;
+  if (group < 4) {
+    scale = shares[group] & 63;
+    minimum = shares[group + 4] & 63;
+  } else {
+    scale = (shares[group + 4] & 15) | shares[group - 4] >> 6 << 4;
+    minimum = shares[group + 4] >> 4 | shares[group] >> 6 << 4;
+  }
+  FourBitGroup result{.scale = from_half(block.scale) * static_cast<float>(scale),
+                      .minimum = -from_half(block.minimum) * static_cast<float>(minimum),
+                      .quants = {}};
+  const std::uint8_t* const pairs = block.pairs + group / 2 * kGroup;
+  const std::size_t shift = group % 2 * 4;
+  for (std::size_t i = 0; i < kGroup; ++i) result.quants[i] = pairs[i] >> shift & 15;
+  return result;
+}
+
+// Calls visit(number, group) for the groups of a row.
+template <typename Block, typename Visit>
+void visit_groups(const std::byte* row, std::size_t columns, Visit visit) {
+  for (std::size_t first = 0; first < columns / kGroup; first += Block::kGroups) {
+    Block block;
+    std::memcpy(&block, row + first / Block::kGroups * sizeof block, sizeof block);
+    for (std::size_t i = 0; i < Block::kGroups; ++i) visit(first + i, group_of(block, i));
+  }
+}
+
+template <typename Visit>
+void visit_four_bit_groups(const StoredRows& rows, std::size_t row, Visit visit) {
+  const std::byte* const from = rows.bytes + row * rows.row_bytes;
+  switch (rows.type->id) {
+    case GgufTypeId::kQ4_0:
+      return visit_groups<BlockQ4_0>(from, rows.columns, visit);
+    case GgufTypeId::kQ4_1:
+      return visit_groups<BlockQ4_1>(from, rows.columns, visit);
+    default:
+      return visit_groups<BlockQ4_K>(from, rows.columns, visit);
+  }
+}
+
+void dequantize_row(const StoredRows& rows, std::size_t row, float* out) {
+  rows.type->dequantize(rows.bytes + row * rows.row_bytes, rows.columns / rows.type->block_values, out);
+}
+
+// One output's column of a panel.
+class PanelColumn {
+ public:
+  PanelColumn(const MatrixShape& shape, std::byte* panel, std::size_t output)
+      : group_bytes_(shape.group_bytes()), panel_(panel), output_(output) {}
+
+  void set_values(std::size_t group, const GroupValues& values) {
+    constexpr std::size_t kQuad = 4;
+    std::array<std::uint8_t, kGroup> stored;
+    for (std::size_t i = 0; i < kGroup; ++i) stored[i] = static_cast<std::uint8_t>(values[i] + int{kBias});
+    for (std::size_t i = 0; i < kGroup; i += kQuad) {
+      std::memcpy(at(group) + i * kPanelOutputs + output_ * kQuad, stored.data() + i, kQuad);
+    }
+  }
+  void set_scale(std::size_t group, std::uint16_t half) { set_half(at(group) + kGroup * kPanelOutputs, half); }
+  void set_minimum(std::size_t group, std::uint16_t half) { set_half(at(group) + (kGroup + 2) * kPanelOutputs, half); }
+
+ private:
+  std::byte* at(std::size_t group) const { return panel_ + group * group_bytes_; }
+  void set_half(std::byte* halves, std::uint16_t half) {
+    std::memcpy(halves + output_ * sizeof half, &half, sizeof half);
+  }
+
+  std::size_t group_bytes_;
+  std::byte* panel_;
+  std::size_t output_;
+};
+
+// Quantizes a group with the scale as half precision has it; returns that.
+std::uint16_t quantize_group(const std::array<float, kGroup>& from, float multiplier, GroupValues& values) {
+  std::array<float, kGroup> rotated = from;
+  for (std::size_t i = 0; i < kGroup; i += kRotation) rotate(rotated.data() + i);
+  float largest = 0;
+  for (float& value : rotated) {
+    value *= kRotationNorm;
+    largest = std::max(largest, std::fabs(value));
+  }
+  const std::uint16_t scale = to_half(largest / kLargestValue / multiplier);
+  const float inverse = inverse_or_zero(from_half(scale) * multiplier);
+  for (std::size_t i = 0; i < kGroup; ++i) {
+    values[i] = static_cast<std::int8_t>(nearest(std::clamp(rotated[i] * inverse, -kLargestValue, kLargestValue)));
+  }
+  return scale;
+}
+
+}  // namespace
+
+bool packs_exactly(const GgufTensorType& type) noexcept {
+  return type.id == GgufTypeId::kQ4_0 || has_minimums(type);
+}
+
+bool has_minimums(const GgufTensorType& type) noexcept {
+  return type.id == GgufTypeId::kQ4_1 || type.id == GgufTypeId::kQ4_K;
+}
+
+float largest_scale(const StoredRows& rows, std::span<const std::size_t> row_numbers) {
+  float largest = 0;
+  bool is_finite = true;
+  const auto look_at = [&](float value) {
+    largest = std::max(largest, std::fabs(value));
+    is_finite = is_finite && std::isfinite(value);
+  };
+  if (packs_exactly(*rows.type)) {
+    for (const std::size_t row : row_numbers) {
+      visit_four_bit_groups(rows, row, [&](std::size_t, const FourBitGroup& group) {
+        look_at(group.packed_scale());
+        look_at(group.packed_minimum());
+      });
+    }
+  } else {
+    // A value of the rotated group is at most a quarter of the sum of 16.
+    constexpr float kBound = kRotationNorm * kRotation;
+    std::vector<float> values(rows.columns);
+    for (const std::size_t row : row_numbers) {
+      dequantize_row(rows, row, values.data());
+      for (const float value : values) look_at(value * kBound);
+    }
+    largest /= kLargestValue;
+  }
+  return is_finite ? largest : std::numeric_limits<float>::quiet_NaN();
+}
+
+float multiplier_for(float largest_scale) noexcept {
+  constexpr int kTop = 15, kLeast = -126;  // exponents: half precision ends at 2^16, normal floats begin at 2^-126
+  if (!(largest_scale > 0)) return 1.0F;
+  int exponent;
+  std::frexp(largest_scale, &exponent);
+  return std::ldexp(1.0F, std::max(exponent - kTop, kLeast));
+}
+
+void pack_panel(const StoredRows& rows, std::span<const std::size_t> row_numbers, const MatrixShape& shape,
+                float multiplier, std::span<float> scratch, std::byte* panel) {
+  for (std::size_t output = 0; output < kPanelOutputs; ++output) {
+    PanelColumn column(shape, panel, output);
+    if (output >= row_numbers.size()) {
+      for (std::size_t group = 0; group < shape.groups(); ++group) {
+        column.set_values(group, {});
+        column.set_scale(group, 0);
+        if (shape.has_minimums) column.set_minimum(group, 0);
+      }
+    } else if (packs_exactly(*rows.type)) {
+      visit_four_bit_groups(rows, row_numbers[output], [&](std::size_t number, const FourBitGroup& group) {
+        column.set_values(number, group.packed_values());
+        column.set_scale(number, to_half(group.packed_scale() / multiplier));
+        if (shape.has_minimums) column.set_minimum(number, to_half(group.packed_minimum() / multiplier));
+      });
+    } else {
+      dequantize_row(rows, row_numbers[output], scratch.data());
+      for (std::size_t group = 0; group < shape.groups(); ++group) {
+        const std::size_t first = group * kGroup;
+        std::array<float, kGroup> from{};
+        std::copy_n(scratch.data() + first, std::min(kGroup, rows.columns - first), from.begin());
+        GroupValues values;
+        column.set_scale(group, quantize_group(from, multiplier, values));
+        column.set_values(group, values);
+      }
+    }
+  }
+}
+
+}  // namespace rts::cpu

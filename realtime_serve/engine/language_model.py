@@ -1,0 +1,122 @@
+"""Which of our own engines runs a model, and the options that it takes."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from realtime_serve.config import ModelConfig
+from realtime_serve.engine.step_loop import EngineLimits
+from realtime_serve.errors import ConfigError, UnsupportedModelError
+from realtime_serve.extras import torch_missing
+from realtime_serve.runners.base import Runner
+
+log = logging.getLogger(__name__)
+
+_ENGINES = ("auto", "native", "torch")
+
+
+class ModelOptions:
+    """A model's own options, taken one by one. What is wrong with one is a ConfigError that names it."""
+
+    def __init__(self, model: ModelConfig) -> None:
+        self._model = model.name
+        self._options = dict(model.metadata)
+
+    def number(self, key: str, default: float) -> float:
+        value = self._options.pop(key, default)
+        try:
+            number = float(value)
+        except (TypeError, ValueError):
+            number = -1.0
+        if not 0.0 <= number < float("inf"):
+            raise ConfigError(f"model option {key} must be a number, 0 or more; it is {value!r}")
+        return number
+
+    def choice(self, key: str, choices: tuple[str, ...]) -> str:
+        """The first of them is the default."""
+        value = self._options.pop(key, choices[0])
+        if value not in choices:
+            raise ConfigError(f"model option {key} must be one of {', '.join(choices)}; it is {value!r}")
+        return str(value)
+
+    def optional(self, key: str) -> int | None:
+        return int(self.number(key, 0.0)) if key in self._options else None
+
+    def refuse_others(self) -> None:
+        if self._options:
+            raise ConfigError(f"model {self._model!r} has no option {sorted(self._options)[0]!r}")
+
+
+def load_language_model(model: ModelConfig, limits: EngineLimits, path: Path) -> Runner:
+    """Raises ServeError with one line for a person where it cannot be served."""
+    options = ModelOptions(model)
+    engine = options.choice("engine", _ENGINES)
+    threads = int(options.number("threads", 0.0))
+    memory: dict[str, Any] = {
+        "kv_cache_mb": int(options.number("kv_cache_mb", 0.0)) or None,
+        "prefix_cache_mb": options.optional("prefix_cache_mb"),
+    }
+    options.refuse_others()
+    why = "engine=torch asks for it"
+    if engine != "torch":
+        native, lacks = _load_native(model, limits, path, threads, memory)
+        if native is not None:
+            return native
+        why = f"the native one does not support {lacks}"
+        if engine == "native":
+            raise UnsupportedModelError(f"model {model.name!r}: the native engine does not support {lacks}")
+        log.info("model %s runs on the torch engine: %s", model.name, why)
+    return _load_torch(model, limits, path, memory, why)
+
+
+def _load_native(
+    model: ModelConfig, limits: EngineLimits, path: Path, threads: int, memory: dict[str, Any]
+) -> tuple[Runner | None, str]:
+    """The runner, or what it lacks."""
+    if model.device != "cpu":
+        return None, f"device {model.device!r}"
+    if model.quantized is False:
+        return None, "weights that are not quantized"
+    if model.quantized == "int4":
+        return None, "quantized='int4'"
+    from realtime_serve.runners.cpu_lm import CpuLM, NeedsTorchEngine
+    from realtime_serve.tokenizer import Tokenizer
+
+    try:
+        runner = CpuLM.load(
+            path,
+            tokenizer=Tokenizer.load(path),
+            max_context=model.max_seq_length,
+            max_batch_size=limits.max_batch_size,
+            max_step_tokens=limits.max_step_tokens,
+            threads=threads,
+            **memory,
+        )
+    except NeedsTorchEngine as error:
+        return None, str(error)
+    return runner, ""
+
+
+def _load_torch(model: ModelConfig, limits: EngineLimits, path: Path, memory: dict[str, Any], why: str) -> Runner:
+    if model.quantized not in (None, False):
+        raise UnsupportedModelError(
+            f"model {model.name!r}: quantized={model.quantized!r} is not supported by the torch engine, which computes"
+            " in dtype; leave it out"
+        )
+    try:
+        from realtime_serve.runners.torch_lm import TorchLM
+    except ImportError as error:
+        raise torch_missing(model.name, why, error) from error
+    from realtime_serve.tokenizer import Tokenizer
+
+    return TorchLM.load(
+        path,
+        tokenizer=Tokenizer.load(path),
+        device=model.device,
+        dtype=model.dtype,
+        max_context=model.max_seq_length,
+        max_batch_size=limits.max_batch_size,
+        **memory,
+    )

@@ -1,0 +1,126 @@
+"""A decoder model run by the native CPU engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from realtime_serve._core import CpuModel, CpuWeights, NativeModel
+from realtime_serve.errors import ModelLoadError
+from realtime_serve.machine import free_memory, physical_cores
+from realtime_serve.runners.base import StepBatch
+from realtime_serve.runners.cpu_lm.checkpoint import CpuCheckpoint, open_checkpoint
+from realtime_serve.runners.cpu_lm.families import Decoder, NeedsTorchEngine, decoder_of
+from realtime_serve.runners.cpu_lm.packed_cache import load_packed
+from realtime_serve.runners.cpu_lm.parts import Parts
+from realtime_serve.runners.kv_plan import KvPlan, KvRequest, plan_kv_cache
+from realtime_serve.runners.vocabulary import VocabularySource, padded_vocabulary
+
+_BLOCK_SIZE = 16
+_HALF_BYTES = 2
+
+
+class CpuLM:
+    """See `NativeRunner` and `CachingRunner` for the contract."""
+
+    block_size = _BLOCK_SIZE
+
+    def __init__(
+        self,
+        weights: CpuWeights,
+        tokenizer: VocabularySource,
+        *,
+        vocabulary_tokens: list[bytes],
+        max_context: int,
+        max_batch_size: int,
+        max_step_tokens: int,
+        kv_plan: KvPlan,
+    ) -> None:
+        self.vocabulary_tokens = vocabulary_tokens
+        self.special_tokens = tokenizer.special_tokens
+        self.eos_tokens = tokenizer.eos_tokens
+        self.max_context = max_context
+        self.num_blocks, self.cached_blocks = kv_plan.num_blocks, kv_plan.cached_blocks
+        self._model = CpuModel(
+            weights,
+            max_tokens=max_step_tokens,
+            max_samples=max_batch_size,
+            max_context=max_context,
+            num_blocks=self.num_blocks,
+        )
+
+    @classmethod
+    def load(
+        cls,
+        path: Path,
+        *,
+        tokenizer: VocabularySource,
+        max_context: int,
+        max_batch_size: int,
+        max_step_tokens: int,
+        threads: int = 0,
+        kv_cache_mb: int | None = None,
+        prefix_cache_mb: int | None = None,
+    ) -> CpuLM:
+        """Loads a GGUF file, or a Hugging Face folder of safetensors. `threads` of 0: one a physical core.
+
+        Raises NeedsTorchEngine where the model has what this engine lacks, and ModelLoadError or UnsupportedModelError
+        with one line that says what is wrong.
+        """
+        checkpoint = open_checkpoint(path)
+        decoder = decoder_of(checkpoint.config, checkpoint.source, checkpoint.rope_factors)
+        max_context = min(max_context, decoder.max_positions)
+        vocabulary = padded_vocabulary(tokenizer, decoder.vocabulary)
+        weights = make_weights(decoder, checkpoint, threads=threads or physical_cores())
+        kv_plan = plan_kv_cache(
+            KvRequest(
+                source=checkpoint.source,
+                weights="int8",
+                weight_bytes=weights.packed_bytes,
+                block_bytes=2 * decoder.layers * decoder.kv_heads * decoder.head_dim * _BLOCK_SIZE * _HALF_BYTES,
+                block_size=_BLOCK_SIZE,
+                max_context=max_context,
+                max_batch_size=max_batch_size,
+                kv_cache_mb=kv_cache_mb,
+                prefix_cache_mb=prefix_cache_mb,
+            ),
+            device="cpu",
+            free=free_memory(),
+        )
+        try:
+            load_packed(weights, decoder, checkpoint.files)
+        except ValueError as error:
+            raise ModelLoadError(f"{checkpoint.source}: {error}") from error
+        return cls(
+            weights,
+            tokenizer,
+            vocabulary_tokens=vocabulary,
+            max_context=max_context,
+            max_batch_size=max_batch_size,
+            max_step_tokens=max(max_step_tokens, max_batch_size),
+            kv_plan=kv_plan,
+        )
+
+    @property
+    def native_model(self) -> NativeModel | None:
+        return self._model
+
+    def step(self, batch: StepBatch) -> None:
+        """The same model, for who drives it in Python."""
+        logits = self._model.forward(batch)
+        if len(logits):
+            batch.sample(logits)
+
+    def close(self) -> None:
+        del self._model
+
+
+def make_weights(decoder: Decoder, checkpoint: CpuCheckpoint, *, threads: int) -> CpuWeights:
+    """Not packed yet. Raises ModelLoadError that names the tensor that does not fit."""
+    arguments = decoder.as_arguments()
+    try:
+        return CpuWeights(arguments, Parts(decoder, checkpoint).tensors, threads=threads)
+    except ValueError as error:
+        raise ModelLoadError(f"{checkpoint.source}: {error}") from error
+
+
+__all__ = ["CpuLM", "NeedsTorchEngine"]
