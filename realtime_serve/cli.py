@@ -187,7 +187,7 @@ def _add_setting(group: argparse._ArgumentGroup, owner: type, setting: Field[Any
 
 def _default_of(setting: Field[Any]) -> str:
     if setting.name == "device":
-        return " (default: cuda where there is one, else cpu)"
+        return " (default: cuda where there is one and torch for it, else cpu)"
     default = setting.default
     if default is MISSING or default in (None, "", ()):
         return ""
@@ -224,10 +224,11 @@ def _serve(options: argparse.Namespace) -> int:
     )
     _log_requests_as_they_are()
 
-    from realtime_serve.models import check_device, resolve_model
+    from realtime_serve.models import check_device, check_engine, resolve_model
     from realtime_serve.server import run_server
 
     check_device(model)
+    check_engine(model)
     with _sigterm_unwinds():
         # A pull belongs here, where signals end it: begun by the server, it is a thread that the loop's end waits for.
         resolve_model(model)

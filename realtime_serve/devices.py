@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 from functools import cache
 
+from realtime_serve.extras import has_torch
+
 
 @cache
 def cuda_device_count() -> int:
@@ -20,4 +22,5 @@ def cuda_device_count() -> int:
 
 
 def default_device() -> str:
-    return "cuda" if cuda_device_count() else "cpu"
+    """CUDA where there is a device and the engine that runs on it."""
+    return "cuda" if cuda_device_count() and has_torch() else "cpu"

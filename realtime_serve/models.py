@@ -26,6 +26,7 @@ from realtime_serve.errors import (
     ModelUnavailableError,
     bounded_retry_after,
 )
+from realtime_serve.extras import has_torch, torch_missing
 from realtime_serve.payload import Payload, PayloadError
 from realtime_serve.runners.loader import Loader, import_name
 from realtime_serve.stream import StreamManager, TokenStream
@@ -184,6 +185,7 @@ class ModelRegistry:
         if loader is not None:
             spec, isolation = self._loader_spec(config, loader, batching)
         else:
+            check_engine(config)
             path = await _in_daemon_thread(lambda: resolve_model(config))
             spec, isolation = LoadSpec(config, self._limits, self._log_level, path), self._isolation
         worker = Supervisor(
@@ -379,7 +381,17 @@ async def _in_daemon_thread(call: Callable[[], T]) -> T:
     return await result
 
 
+def check_engine(config: ModelConfig) -> None:
+    """Raises ModelLoadError where none of our own engines that are installed runs on the device."""
+    if config.device != "cpu" and _wanted(config) != NULL_MODEL and not has_torch():
+        raise torch_missing(config.name, f"the native one does not support device {config.device!r}")
+
+
 def resolve_model(config: ModelConfig) -> str:
     """Where the model's files are, pulled where need be. A model without a path is looked up by its name."""
-    wanted = config.model_path or config.name
+    wanted = _wanted(config)
     return NULL_MODEL if wanted == NULL_MODEL else str(hub.resolve(wanted))
+
+
+def _wanted(config: ModelConfig) -> str:
+    return config.model_path or config.name
