@@ -82,12 +82,12 @@ def _load_native(
     if model.quantized == "int4":
         return None, "quantized='int4'"
     from realtime_serve.runners.cpu_lm import CpuLM, NeedsTorchEngine
-    from realtime_serve.tokenizer import Tokenizer
+    from realtime_serve.tokenizer import TokenVocabulary
 
     try:
         runner = CpuLM.load(
             path,
-            tokenizer=Tokenizer.load(path),
+            tokenizer=TokenVocabulary.load(path),
             max_context=model.max_seq_length,
             max_batch_size=limits.max_batch_size,
             max_step_tokens=limits.max_step_tokens,
@@ -109,11 +109,11 @@ def _load_torch(model: ModelConfig, limits: EngineLimits, path: Path, memory: di
         from realtime_serve.runners.torch_lm import TorchLM
     except ImportError as error:
         raise torch_missing(model.name, why, error) from error
-    from realtime_serve.tokenizer import Tokenizer
+    from realtime_serve.tokenizer import TokenVocabulary
 
     return TorchLM.load(
         path,
-        tokenizer=Tokenizer.load(path),
+        tokenizer=TokenVocabulary.load(path),
         device=model.device,
         dtype=model.dtype,
         max_context=model.max_seq_length,

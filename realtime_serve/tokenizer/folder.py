@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import tokenizers
-
 from realtime_serve.errors import ModelLoadError, UnsupportedModelError
-from realtime_serve.tokenizer.parts import TokenizerParts, one_line
+from realtime_serve.tokenizer.parts import Encoder, TokenizerParts, one_line
 from realtime_serve.tokenizer.vocabulary import (
     SPACE,
     ByteLevelVocabulary,
@@ -34,6 +32,8 @@ def read_folder(folder: Path) -> TokenizerParts:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise ModelLoadError(f"{path}: not there, and the model's tokenizer is read from it")
+    import tokenizers  # 60 ms that a worker need not spend on a GGUF file
+
     try:
         backend = tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises no narrower type
@@ -63,7 +63,12 @@ def read_folder(folder: Path) -> TokenizerParts:
             token for token, entry in enumerate(entries) if spelling.byte_fallback and byte_of(entry) is not None
         ]
         vocabulary = SentencePieceVocabulary(entries, fallback=fallback, space=spelling.space)
-    return TokenizerParts(backend, vocabulary, special=special, eos=_end_tokens(folder, len(entries)))
+    return TokenizerParts(
+        vocabulary,
+        special=special,
+        eos=_end_tokens(folder, len(entries)),
+        make_encoder=lambda: Encoder(backend),
+    )
 
 
 def _spelling(decoder: dict[str, Any]) -> _Spelling | None:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
-
-import tokenizers
-from tokenizers import AddedToken
+from typing import TYPE_CHECKING, NamedTuple
 
 from realtime_serve._core import GgufFile
 from realtime_serve.errors import ModelLoadError, UnsupportedModelError
-from realtime_serve.tokenizer.byte_level import PRE_TOKENIZERS, build_byte_level
 from realtime_serve.tokenizer.metadata import TokenizerMetadata
-from realtime_serve.tokenizer.parts import TokenizerParts, one_line
-from realtime_serve.tokenizer.sentencepiece import build_sentencepiece
+from realtime_serve.tokenizer.parts import Encoder, TokenizerParts, one_line
 from realtime_serve.tokenizer.vocabulary import (
     SPACE,
     ByteLevelVocabulary,
@@ -22,6 +18,9 @@ from realtime_serve.tokenizer.vocabulary import (
     Vocabulary,
     byte_of,
 )
+
+if TYPE_CHECKING:
+    import tokenizers
 
 # Values of `tokenizer.ggml.token_type`.
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
@@ -51,10 +50,9 @@ class _Tokens(NamedTuple):
 
 
 class _Model(NamedTuple):
-    backend: tokenizers.Tokenizer
     vocabulary: Vocabulary
-    add_bos: bool
-    """Where the file does not say."""
+    make_backend: Callable[[], tuple[tokenizers.Tokenizer, bool]]
+    """Also says whether a text begins with the bos token, where the file does not."""
 
 
 def read_gguf(path: Path) -> TokenizerParts:
@@ -70,14 +68,16 @@ def read_gguf(path: Path) -> TokenizerParts:
     tokens = _tokens(metadata)
     size = len(tokens.entries)
     model = build(metadata, tokens)
-    return TokenizerParts(
-        model.backend,
-        model.vocabulary,
-        special=tokens.special,
-        eos=tokens.eos,
-        prefix=metadata.around("bos", size, default=model.add_bos),
-        suffix=metadata.around("eos", size, default=False),
-    )
+
+    def make_encoder() -> Encoder:
+        backend, add_bos = model.make_backend()
+        return Encoder(
+            backend,
+            prefix=metadata.around("bos", size, default=add_bos),
+            suffix=metadata.around("eos", size, default=False),
+        )
+
+    return TokenizerParts(model.vocabulary, special=tokens.special, eos=tokens.eos, make_encoder=make_encoder)
 
 
 def _tokens(metadata: TokenizerMetadata) -> _Tokens:
@@ -95,6 +95,18 @@ def _tokens(metadata: TokenizerMetadata) -> _Tokens:
 
 
 def _byte_level(metadata: TokenizerMetadata, tokens: _Tokens) -> _Model:
+    names = tokens.entries.copy()  # an unused token's as well
+    for unused in tokens.of_type(_UNUSED):
+        tokens.entries[unused] = ""
+    vocabulary = ByteLevelVocabulary(tokens.entries, source=metadata.source, verbatim=tokens.user_defined)
+    return _Model(vocabulary, lambda: _byte_level_backend(metadata, tokens, names))
+
+
+def _byte_level_backend(
+    metadata: TokenizerMetadata, tokens: _Tokens, names: list[str]
+) -> tuple[tokenizers.Tokenizer, bool]:
+    from realtime_serve.tokenizer.byte_level import PRE_TOKENIZERS, build_byte_level
+
     name = metadata.require("pre", str)
     pre = PRE_TOKENIZERS.get(name)
     if pre is None:
@@ -104,17 +116,14 @@ def _byte_level(metadata: TokenizerMetadata, tokens: _Tokens) -> _Model:
         merges = [(left, right) for left, right in (merge.split(" ") for merge in metadata.array("merges", str))]
     except ValueError:
         raise metadata.key_error("merges", "has an element that is not two tokens with a space between them") from None
-    ids = {entry: token for token, entry in enumerate(tokens.entries)}
+    ids = {entry: token for token, entry in enumerate(names)}
     try:
         backend = build_byte_level(ids, merges, pre)
     except Exception as error:  # the library raises no narrower type
         raise metadata.error(f"tokens and merges do not fit together: {one_line(error)}") from None
-    backend.add_special_tokens([_named(tokens.entries[token], special=True) for token in sorted(tokens.special)])
-    backend.add_tokens([_named(tokens.entries[token]) for token in sorted(tokens.user_defined)])
-    for unused in tokens.of_type(_UNUSED):
-        tokens.entries[unused] = ""
-    vocabulary = ByteLevelVocabulary(tokens.entries, source=metadata.source, verbatim=tokens.user_defined)
-    return _Model(backend, vocabulary, pre.add_bos)
+    backend.add_special_tokens([_named(names[token], special=True) for token in sorted(tokens.special)])
+    backend.add_tokens([_named(names[token]) for token in sorted(tokens.user_defined)])
+    return backend, pre.add_bos
 
 
 def _sentencepiece(metadata: TokenizerMetadata, tokens: _Tokens) -> _Model:
@@ -133,6 +142,16 @@ def _sentencepiece(metadata: TokenizerMetadata, tokens: _Tokens) -> _Model:
         entries[token] = entries[token].replace(SPACE, " ")
     for unused in tokens.of_type(_UNUSED):
         entries[unused] = ""
+    vocabulary = SentencePieceVocabulary(entries, fallback=fallback)
+    return _Model(vocabulary, lambda: _sentencepiece_backend(metadata, tokens, space_before=space_before))
+
+
+def _sentencepiece_backend(
+    metadata: TokenizerMetadata, tokens: _Tokens, *, space_before: bool
+) -> tuple[tokenizers.Tokenizer, bool]:
+    from realtime_serve.tokenizer.sentencepiece import build_sentencepiece
+
+    entries = tokens.entries
     scores = _piece_scores(metadata, tokens)
     ids = {entry: token for token, entry in enumerate(entries) if entry}
     if len(ids) < sum(map(bool, entries)):
@@ -158,7 +177,7 @@ def _sentencepiece(metadata: TokenizerMetadata, tokens: _Tokens) -> _Model:
             for token in sorted(tokens.user_defined)
         ]
     )
-    return _Model(backend, SentencePieceVocabulary(entries, fallback=fallback), add_bos=True)
+    return backend, True
 
 
 def _piece_scores(metadata: TokenizerMetadata, tokens: _Tokens) -> dict[str, float]:
@@ -192,5 +211,9 @@ def _check_bytes(metadata: TokenizerMetadata, entries: list[str]) -> None:
             raise metadata.error(f"{count} the byte <0x{byte:02X}>")
 
 
-def _named(text: str, *, special: bool = False, rstrip: bool = False, normalized: bool = False) -> AddedToken:
+def _named(
+    text: str, *, special: bool = False, rstrip: bool = False, normalized: bool = False
+) -> tokenizers.AddedToken:
+    from tokenizers import AddedToken
+
     return AddedToken(text, special=special, rstrip=rstrip, normalized=normalized)
