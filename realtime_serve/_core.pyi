@@ -222,7 +222,10 @@ class CpuModel(NativeModel):
         """Runs a step (a StepBatch). The logits that it wants, [samples, vocabulary]; the next step overwrites them."""
 
 def cpu_kernels() -> str:
-    """The instruction set that is used here: avx512, avx2 or portable."""
+    """The instruction set that is used: the best, or what RTS_CPU_ISA names; ValueError where that is not there."""
+
+def available_cpu_kernels() -> list[str]:
+    """Those that can be had here, the best first: avx512, avx2, portable."""
 
 @final
 class PriorityQueue:

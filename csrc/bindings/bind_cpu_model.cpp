@@ -242,7 +242,12 @@ void register_cpu_model(py::module_& m) {
            "weights"_a, py::kw_only(), "max_tokens"_a, "max_samples"_a, "max_context"_a, "num_blocks"_a,
            py::keep_alive<1, 2>())
       .def("forward", &forward, "batch"_a);
-  m.def("cpu_kernels", [] { return std::string(cpu::kernels().name); });
+  m.def("cpu_kernels", [] { return cpu::kernels().name; });
+  m.def("available_cpu_kernels", [] {
+    std::vector<std::string_view> names;
+    for (const cpu::Kernels* const available : cpu::available_kernels()) names.push_back(available->name);
+    return names;
+  });
 }
 
 }  // namespace rts::bindings

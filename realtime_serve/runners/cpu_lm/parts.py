@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from realtime_serve._core import CpuTensor
-from realtime_serve.errors import ModelLoadError
+from realtime_serve.errors import ModelLoadError, UnsupportedModelError
 from realtime_serve.runners.cpu_lm.checkpoint import CpuCheckpoint, Tensor
 from realtime_serve.runners.cpu_lm.families import Decoder
 
@@ -53,12 +53,19 @@ class Parts:
         self._decoder = decoder
         self._checkpoint = checkpoint
         self._used: set[str] = set()
+        self._names: dict[str, str] = {}
         self.tensors: dict[str, CpuTensor] = {}
         if checkpoint.config.get("model_type") == "gpt2":
             self._take_gpt2()
         else:
             self._take_llama()
         self._refuse_surplus()
+
+    def named(self, message: str) -> str:
+        """The engine's message, with the checkpoint's name in place of a part's."""
+        for part, name in self._names.items():
+            message = message.replace(f"'{part}'", f"'{name}'")
+        return f"{self._checkpoint.source}: {message}"
 
     def _take_llama(self) -> None:
         decoder = self._decoder
@@ -111,7 +118,7 @@ class Parts:
                     self._norm(f"{layer}.{part}", prefix + stem, hidden, has_bias=True)
                     continue
                 weight = self._projection(prefix + stem, shapes[part])
-                self.tensors[f"{layer}.{part}"] = _cpu_tensor(weight)
+                self._put(f"{layer}.{part}", f"{prefix}{stem}.weight", weight)
                 self._bias(f"{layer}.{part}", f"{prefix}{stem}.bias", shapes[part][0])
             weight = self._projection(prefix + _GPT2_ATTENTION, (3 * hidden, hidden))
             bias = self._take(f"{prefix}{_GPT2_ATTENTION}.bias", (3 * hidden,)).floats()
@@ -119,8 +126,9 @@ class Parts:
             for i, part in enumerate("qkv"):
                 own = slice(i * hidden, (i + 1) * hidden)
                 data = weight.data[own.start * rows : own.stop * rows]
-                self.tensors[f"{layer}.{part}"] = _cpu_tensor(Tensor(weight.type, (hidden, hidden), data))
-                self.tensors[f"{layer}.{part}.bias"] = _cpu_tensor(Tensor.of_floats(bias[own]))
+                name = f"{prefix}{_GPT2_ATTENTION}"
+                self._put(f"{layer}.{part}", f"{name}.weight", Tensor(weight.type, (hidden, hidden), data))
+                self._put(f"{layer}.{part}.bias", f"{name}.bias", Tensor.of_floats(bias[own]))
         self._head("lm_head.weight", f"{root}wte.weight")
 
     def _projection(self, name: str, shape: tuple[int, int]) -> Tensor:
@@ -136,7 +144,7 @@ class Parts:
         self._used.add(name)
 
     def _matrix(self, part: str, name: str, shape: tuple[int, ...], pair_heads: int = 0) -> None:
-        self.tensors[part] = _cpu_tensor(self._take(name, shape), pair_heads)
+        self._put(part, name, self._take(name, shape), pair_heads)
 
     def _bias(self, part: str, name: str, size: int, pair_heads: int = 0) -> None:
         if name not in self._checkpoint.tensors:
@@ -144,12 +152,12 @@ class Parts:
         values = self._take(name, (size,)).floats()
         if pair_heads:
             values = values.reshape(pair_heads, -1, 2).transpose(0, 2, 1).reshape(-1)
-        self.tensors[f"{part}.bias"] = _cpu_tensor(Tensor.of_floats(values))
+        self._put(f"{part}.bias", name, Tensor.of_floats(values))
 
     def _norm(self, part: str, name: str, size: int, *, has_bias: bool = False) -> None:
         offset = 0.0 if self._checkpoint.has_norm_offset else self._decoder.norm_offset
         weight = self._take(f"{name}.weight", (size,)).floats() + np.float32(offset)
-        self.tensors[part] = _cpu_tensor(Tensor.of_floats(weight))
+        self._put(part, f"{name}.weight", Tensor.of_floats(weight))
         if has_bias:
             self._bias(part, f"{name}.bias", size)
 
@@ -165,6 +173,18 @@ class Parts:
         self._used.add(name)
         return tensor
 
+    def _put(self, part: str, name: str, tensor: Tensor, pair_heads: int = 0) -> None:
+        *rows, columns = tensor.shape
+        try:
+            self.tensors[part] = CpuTensor(
+                tensor.data, tensor.type, rows[0] if rows else 1, columns, pair_heads=pair_heads
+            )
+        except ValueError:
+            raise UnsupportedModelError(
+                f"{self._checkpoint.source}: tensor {name!r} is stored as {tensor.type}, which is not read here"
+            ) from None
+        self._names[part] = name
+
     def _refuse_surplus(self) -> None:
         for name in self._surplus():
             raise ModelLoadError(f"{self._checkpoint.source}: the model has no place for tensor {name!r}")
@@ -173,8 +193,3 @@ class Parts:
         for name in sorted(self._checkpoint.tensors.keys() - self._used):
             if not name.endswith(_COMPUTED):
                 yield name
-
-
-def _cpu_tensor(tensor: Tensor, pair_heads: int = 0) -> CpuTensor:
-    *rows, columns = tensor.shape
-    return CpuTensor(tensor.data, tensor.type, rows[0] if rows else 1, columns, pair_heads=pair_heads)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from realtime_serve._core import CpuModel, CpuWeights, NativeModel
+from realtime_serve._core import CpuModel, CpuWeights, NativeModel, cpu_kernels
 from realtime_serve.errors import ModelLoadError
 from realtime_serve.machine import free_memory, physical_cores
 from realtime_serve.runners.base import StepBatch
-from realtime_serve.runners.cpu_lm.checkpoint import CpuCheckpoint, open_checkpoint
-from realtime_serve.runners.cpu_lm.families import Decoder, NeedsTorchEngine, decoder_of
+from realtime_serve.runners.cpu_lm.checkpoint import open_checkpoint
+from realtime_serve.runners.cpu_lm.families import Decoder, decoder_of
 from realtime_serve.runners.cpu_lm.packed_cache import load_packed
 from realtime_serve.runners.cpu_lm.parts import Parts
 from realtime_serve.runners.kv_plan import KvPlan, KvRequest, plan_kv_cache
@@ -70,7 +70,8 @@ class CpuLM:
         decoder = decoder_of(checkpoint.config, checkpoint.source, checkpoint.rope_factors)
         max_context = min(max_context, decoder.max_positions)
         vocabulary = padded_vocabulary(tokenizer, decoder.vocabulary)
-        weights = make_weights(decoder, checkpoint, threads=threads or physical_cores())
+        parts = Parts(decoder, checkpoint)
+        weights = make_weights(decoder, parts, threads=threads or physical_cores())
         kv_plan = plan_kv_cache(
             KvRequest(
                 source=checkpoint.source,
@@ -89,7 +90,7 @@ class CpuLM:
         try:
             load_packed(weights, decoder, checkpoint.files)
         except ValueError as error:
-            raise ModelLoadError(f"{checkpoint.source}: {error}") from error
+            raise ModelLoadError(parts.named(str(error))) from error
         return cls(
             weights,
             tokenizer,
@@ -114,13 +115,10 @@ class CpuLM:
         del self._model
 
 
-def make_weights(decoder: Decoder, checkpoint: CpuCheckpoint, *, threads: int) -> CpuWeights:
+def make_weights(decoder: Decoder, parts: Parts, *, threads: int) -> CpuWeights:
     """Not packed yet. Raises ModelLoadError that names the tensor that does not fit."""
-    arguments = decoder.as_arguments()
     try:
-        return CpuWeights(arguments, Parts(decoder, checkpoint).tensors, threads=threads)
+        cpu_kernels()  # what RTS_CPU_ISA asks for may not be there
+        return CpuWeights(decoder.as_arguments(), parts.tensors, threads=threads)
     except ValueError as error:
-        raise ModelLoadError(f"{checkpoint.source}: {error}") from error
-
-
-__all__ = ["CpuLM", "NeedsTorchEngine"]
+        raise ModelLoadError(parts.named(str(error))) from error
