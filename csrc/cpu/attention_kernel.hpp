@@ -212,17 +212,17 @@ class Attention {
     if (positions.is_empty()) return;
     std::size_t i = 0;
     for (; i + kBeside * kLanes <= shape_.head_dim; i += kBeside * kLanes) {
-      add_columns<kRows, kBeside, false>(first_row, positions, i);
+      add_columns<kRows, kBeside>(first_row, positions, i);
     }
-    for (; i + kLanes <= shape_.head_dim; i += kLanes) add_columns<kRows, 1, false>(first_row, positions, i);
-    if (i < shape_.head_dim) add_columns<kRows, 1, true>(first_row, positions, i);
+    for (; i < shape_.head_dim; i += kLanes) add_columns<kRows, 1>(first_row, positions, i);
   }
 
-  template <std::size_t kRows, std::size_t kVectors, bool kOnlyEight>
+  template <std::size_t kRows, std::size_t kVectors>
   void add_columns(std::size_t first_row, Range positions, std::size_t column) {
     const float* const weights = scratch(layout_.scores) + first_row * kStride;
     float* const parts = scratch(layout_.parts) + first_row * layout_.padded_dim + column;
     const std::size_t stride = layout_.padded_dim;
+    const bool has_only_eight = kVectors == 1 && column + kLanes > shape_.head_dim;
     Vector sums[kRows][kVectors];
     unrolled<kRows>([&](auto row) {
       unrolled<kVectors>([&](auto i) { sums[row][i] = Vector::load(parts + row * stride + i * kLanes); });
@@ -232,7 +232,7 @@ class Attention {
           values_[position / kBlockPositions] + position % kBlockPositions * shape_.head_dim + column;
       Vector value[kVectors];
       unrolled<kVectors>(
-          [&](auto i) { value[i] = kOnlyEight ? Vector::load_eight(from) : Vector::load(from + i * kLanes); });
+          [&](auto i) { value[i] = has_only_eight ? Vector::load_eight(from) : Vector::load(from + i * kLanes); });
       unrolled<kRows>([&](auto row) {
         const Vector weight = Vector::broadcast(weights[row * kStride + position]);
         unrolled<kVectors>([&](auto i) { sums[row][i] = multiply_add(weight, value[i], sums[row][i]); });

@@ -16,7 +16,8 @@ constexpr std::size_t kOwnRows = 2;
 // A product's panels are shared out in about so many parts a thread: a thread that was delayed leaves its parts to the
 // others.
 constexpr std::size_t kPartsOfAThread = 6;
-constexpr std::size_t kPhases = 6;  // of a layer, whose work is shared out
+constexpr std::size_t kPanelPair = 2;  // panels that the kernels take together: one alone costs more than half of two
+constexpr std::size_t kPhases = 6;     // of a layer, whose work is shared out
 
 struct Range {
   std::size_t begin, end;
@@ -286,8 +287,8 @@ void Decoder::turn_and_store(std::size_t layer, std::size_t row, std::size_t kv_
 void Decoder::multiply(Work& work, std::span<const Product> products, const QuantizedRows& input, std::size_t rows) {
   std::size_t panels = 0;
   for (const Product& product : products) panels += product.matrix->shape.panels();
-  const std::size_t part = std::max<std::size_t>(1, panels / (threads_.threads() * kPartsOfAThread));
-  work.share(panels, part, [&](std::size_t begin, std::size_t end) {
+  const std::size_t pairs = panels / (threads_.threads() * kPartsOfAThread * kPanelPair);
+  work.share(panels, kPanelPair * std::max<std::size_t>(1, pairs), [&](std::size_t begin, std::size_t end) {
     for (const Product& product : products) {
       const std::size_t own = product.matrix->shape.panels();
       if (begin < own) {

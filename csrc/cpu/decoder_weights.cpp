@@ -19,7 +19,9 @@ constexpr std::size_t rounded_up(std::size_t value, std::size_t to) {
 }
 
 std::string shape_text(std::size_t rows, std::size_t columns) {
-  return "[" + std::to_string(rows) + ", " + std::to_string(columns) + "]";
+  std::string text = "[";
+  text.append(std::to_string(rows)).append(", ").append(std::to_string(columns)).append("]");
+  return text;
 }
 
 // Where a row of a matrix is stored.

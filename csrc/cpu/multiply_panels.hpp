@@ -145,9 +145,9 @@ class PanelMultiplier {
   }
 
  private:
-  static constexpr std::size_t kBlockBytes = 512 << 10;
-  static constexpr std::size_t kStripRows = 48;
-  static constexpr std::size_t kChunkGroups = 9;
+  static constexpr std::size_t kBlockBytes = 512 << 10;  // of values; scales and sums are a third more
+  static constexpr std::size_t kStripRows = 48;          // 12 KB of sums
+  static constexpr std::size_t kChunkGroups = 9;         // 20 KB of weights
   static constexpr std::size_t kMaxPanels = 2;
   static constexpr std::size_t kValueBytes = kPanelOutputs * kGroup;  // of a panel's group
   static constexpr std::size_t kHalfBytes = kPanelOutputs * sizeof(std::uint16_t);

@@ -25,8 +25,8 @@ struct PackedKey {
 };
 
 // A model's packed weights: read-only memory that is kept in a file, so that the next start maps it and packs nothing,
-// and so that processes share one copy. Mapped pages are read as fast as huge ones of the process's own (150 MB by two
-// threads: 22 GB/s and 20 GB/s), so nothing is copied.
+// and so that processes share one copy. A step reads it as fast as memory of the process's own, in huge pages or not
+// (150 MB by two threads: 19 GB/s, huge pages 18 GB/s), so nothing is copied.
 //
 // What the file holds is trusted as far as its folder is: the checksum finds accidents, not forgeries.
 class PackedFile {
@@ -35,7 +35,7 @@ class PackedFile {
   using Fill = std::function<void(std::span<std::byte> payload)>;
 
   // Maps a file that create() has made for this key and size. None where it is missing, made for another, or not intact
-  // to the last byte: every page is read once, which takes 25 ms for 150 MB in the page cache. Never throws. A file
+  // to the last byte: every page is read once, which takes 20 ms for 150 MB in the page cache. Never throws. A file
   // that is cut short while it is mapped kills whoever reads what is missing (SIGBUS); create() does that to none.
   static std::optional<PackedFile> open(const std::filesystem::path& path, const PackedKey& key,
                                         std::size_t payload_bytes) noexcept;

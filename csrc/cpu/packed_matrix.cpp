@@ -152,12 +152,12 @@ class PanelColumn {
 std::uint16_t quantize_group(const std::array<float, kGroup>& from, float multiplier, GroupValues& values) {
   std::array<float, kGroup> rotated = from;
   for (std::size_t i = 0; i < kGroup; i += kRotation) rotate(rotated.data() + i);
-  float largest = 0;
+  std::int32_t largest_bits = 0;
   for (float& value : rotated) {
     value *= kRotationNorm;
-    largest = std::max(largest, std::fabs(value));
+    largest_bits = std::max(largest_bits, magnitude_bits(value));
   }
-  const std::uint16_t scale = to_half(largest / kLargestValue / multiplier);
+  const std::uint16_t scale = to_half(std::bit_cast<float>(largest_bits) / kLargestValue / multiplier);
   const float inverse = inverse_or_zero(from_half(scale) * multiplier);
   for (std::size_t i = 0; i < kGroup; ++i) {
     values[i] = static_cast<std::int8_t>(nearest(std::clamp(rotated[i] * inverse, -kLargestValue, kLargestValue)));
@@ -176,30 +176,25 @@ bool has_minimums(const GgufTensorType& type) noexcept {
 }
 
 float largest_scale(const StoredRows& rows, std::span<const std::size_t> row_numbers) {
-  float largest = 0;
-  bool is_finite = true;
-  const auto look_at = [&](float value) {
-    largest = std::max(largest, std::fabs(value));
-    is_finite = is_finite && std::isfinite(value);
-  };
-  if (packs_exactly(*rows.type)) {
-    for (const std::size_t row : row_numbers) {
+  std::int32_t largest_bits = 0;
+  const auto look_at = [&](float value) { largest_bits = std::max(largest_bits, magnitude_bits(value)); };
+  // A rotated value is at most a quarter of the sum of 16.
+  const float bound = packs_exactly(*rows.type) ? 1.0F : kRotationNorm * kRotation;
+  std::vector<float> values(packs_exactly(*rows.type) ? 0 : rows.columns);
+  for (const std::size_t row : row_numbers) {
+    if (packs_exactly(*rows.type)) {
       visit_four_bit_groups(rows, row, [&](std::size_t, const FourBitGroup& group) {
         look_at(group.packed_scale());
         look_at(group.packed_minimum());
       });
-    }
-  } else {
-    // A value of the rotated group is at most a quarter of the sum of 16.
-    constexpr float kBound = kRotationNorm * kRotation;
-    std::vector<float> values(rows.columns);
-    for (const std::size_t row : row_numbers) {
+    } else {
       dequantize_row(rows, row, values.data());
-      for (const float value : values) look_at(value * kBound);
+      for (const float value : values) look_at(value);
     }
-    largest /= kLargestValue;
   }
-  return is_finite ? largest : std::numeric_limits<float>::quiet_NaN();
+  const float largest = std::bit_cast<float>(largest_bits) * bound;
+  if (!std::isfinite(largest)) return std::numeric_limits<float>::quiet_NaN();
+  return packs_exactly(*rows.type) ? largest : largest / kLargestValue;
 }
 
 float multiplier_for(float largest_scale) noexcept {

@@ -34,6 +34,12 @@ static inline std::int32_t nearest(float value) noexcept {
   return std::bit_cast<std::int32_t>(value + kRound) - std::bit_cast<std::int32_t>(kRound);
 }
 
+// In the order of magnitudes: NaN is larger than infinity, which is larger than all others. Unlike the largest of
+// floats, that of integers becomes vector code.
+static inline std::int32_t magnitude_bits(float value) noexcept {
+  return std::bit_cast<std::int32_t>(value) & 0x7FFFFFFF;
+}
+
 // 1 / x, or 0 where x is too small for that.
 inline constexpr float kSmallestInverted = 0x1p-120F;
 static inline float inverse_or_zero(float value) noexcept {

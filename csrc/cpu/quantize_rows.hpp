@@ -14,7 +14,7 @@ namespace rts::cpu {
 // Kernels::quantize in loops that compilers make vectors of. Static, as all of quantization.hpp is.
 static void quantize_rows(const float* values, std::size_t columns, std::size_t stride, std::size_t rows,
                           const QuantizedRows& out, std::size_t first_row) noexcept {
-  constexpr std::int32_t kMagnitude = 0x7FFFFFFF, kInfinity = 0x7F800000;
+  constexpr std::int32_t kInfinity = 0x7F800000;
   const std::size_t groups = out.groups();
   for (std::size_t row = 0; row < rows; ++row) {
     const float* const from = values + row * stride;
@@ -29,11 +29,8 @@ static void quantize_rows(const float* values, std::size_t columns, std::size_t 
       // The first of the transform is the sum of all.
       out.sums[at + group] = rotated[0] + rotated[kRotation];
 
-      // As integers, so that NaN and infinity are the largest.
       std::int32_t largest_bits = 0;
-      for (const float value : rotated) {
-        largest_bits = std::max(largest_bits, std::bit_cast<std::int32_t>(value) & kMagnitude);
-      }
+      for (const float value : rotated) largest_bits = std::max(largest_bits, magnitude_bits(value));
       const float largest = std::bit_cast<float>(largest_bits);
       const bool is_finite = largest_bits < kInfinity;
       out.scales[at + group] =

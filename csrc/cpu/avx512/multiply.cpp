@@ -1,7 +1,6 @@
 #include <immintrin.h>
 
 #include <cstring>
-#include <utility>
 
 #include "cpu/avx512/vector16.hpp"
 #include "cpu/instruction_sets.hpp"
@@ -93,8 +92,9 @@ void multiply_tile(const Tile& tile, float* sums) noexcept {
   }
 }
 
-// As many rows as there are registers for: 12 integer sums, which hide the latency of their 12 additions, and as many
-// of floats. Two panels take a third of the loads of activations away, of which a core does 1.3 a cycle, not 2.
+// As many rows as there are registers for: 12 sums of integers, to hide the latency of 5 cycles of two additions each
+// cycle, and 12 of floats. Two panels share what is loaded of the activations, and loads are scarce: an Ice Lake core
+// whose other hardware thread is busy does 1.3 of them a cycle where there is one for each two products.
 template <bool kHasMinimums>
 constexpr MultiplyTile kOnePanel[] = {multiply_tile<1, 1, kHasMinimums>, multiply_tile<2, 1, kHasMinimums>,
                                       multiply_tile<3, 1, kHasMinimums>, multiply_tile<4, 1, kHasMinimums>,

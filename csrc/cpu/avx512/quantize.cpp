@@ -66,8 +66,11 @@ void quantize_batch(const Batch& batch, std::size_t count) {
 
   __m512 turned[kBatch][2];
   __m512i magnitudes[kBatch];
+  alignas(16) float sums[kBatch];
   for (std::size_t group = 0; group < kBatch; ++group) {
     for (std::size_t i = 0; i < 2; ++i) turned[group][i] = rotated(load(group * kGroup + i * kRotation));
+    // The first of the transform is the sum of all.
+    sums[group] = _mm512_cvtss_f32(turned[group][0]) + _mm512_cvtss_f32(turned[group][1]);
     magnitudes[group] = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(turned[group][0]), magnitude_bits),
                                          _mm512_and_si512(_mm512_castps_si512(turned[group][1]), magnitude_bits));
   }
@@ -86,11 +89,8 @@ void quantize_batch(const Batch& batch, std::size_t count) {
       if ((finite >> group & 1) == 0) turned[group][0] = turned[group][1] = _mm512_setzero_ps();
     }
   }
-  alignas(16) float sums[kBatch];
   __m512i values[kBatch][2], totals[kBatch];
   for (std::size_t group = 0; group < kBatch; ++group) {
-    // The first of the transform is the sum of all.
-    sums[group] = _mm512_cvtss_f32(turned[group][0]) + _mm512_cvtss_f32(turned[group][1]);
     for (std::size_t i = 0; i < 2; ++i) {
       values[group][i] = _mm512_cvtps_epi32(_mm512_mul_ps(turned[group][i], _mm512_set1_ps(inverses[group])));
     }

@@ -13,7 +13,7 @@ class Vector16 {
  public:
   static constexpr std::size_t kLanes = 16;
   static constexpr std::size_t kRegisters = 30;  // that a tile may take, two of the 32 being left for operands
-  using TileRows = std::index_sequence<12, 8, 7, 6, 4, 3, 2, 1>;
+  using TileRows = std::index_sequence<12, 6, 4, 3, 2, 1>;
 
   Vector16() : value_(_mm512_setzero_ps()) {}
   static Vector16 broadcast(float x) { return Vector16(_mm512_set1_ps(x)); }

@@ -1,0 +1,164 @@
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <random>
+#include <span>
+#include <utility>
+#include <vector>
+
+#include "cpu/half.hpp"
+#include "cpu/packed_matrix.hpp"
+#include "rts/gguf_types.hpp"
+
+namespace rts::testing {
+
+inline const GgufTensorType& type_of(GgufTypeId id) {
+  return *find_gguf_type(static_cast<std::uint32_t>(id));
+}
+
+// Where a type's blocks have numbers of half precision that scale the others.
+inline std::vector<std::size_t> halves_in(GgufTypeId id) {
+  switch (id) {
+    case GgufTypeId::kF32:
+    case GgufTypeId::kF16:
+    case GgufTypeId::kBF16:
+      return {};
+    case GgufTypeId::kQ4_1:
+    case GgufTypeId::kQ5_1:
+    case GgufTypeId::kQ4_K:
+    case GgufTypeId::kQ5_K:
+      return {0, 2};
+    case GgufTypeId::kQ2_K:
+      return {80, 82};
+    case GgufTypeId::kQ3_K:
+      return {108};
+    case GgufTypeId::kQ6_K:
+      return {208};
+    default:
+      return {0};
+  }
+}
+
+// A matrix as a file has it.
+struct StoredMatrix {
+  StoredMatrix(GgufTypeId id, std::size_t row_count, std::size_t column_count)
+      : type(&type_of(id)), rows(row_count), columns(column_count), bytes(rows * row_bytes()) {}
+
+  std::size_t row_bytes() const { return columns / type->block_values * type->block_bytes; }
+  cpu::StoredRows stored() const {
+    return {.type = type, .bytes = bytes.data(), .row_bytes = row_bytes(), .columns = columns};
+  }
+  std::vector<float> row(std::size_t number) const {
+    std::vector<float> values(columns);
+    type->dequantize(bytes.data() + number * row_bytes(), columns / type->block_values, values.data());
+    return values;
+  }
+
+  const GgufTensorType* type;
+  std::size_t rows, columns;
+  std::vector<std::byte> bytes;
+};
+
+inline StoredMatrix random_matrix(GgufTypeId id, std::size_t rows, std::size_t columns, std::uint64_t seed = 1) {
+  StoredMatrix matrix(id, rows, columns);
+  std::mt19937_64 random(seed);
+  std::normal_distribution<float> normal(0.0F, 0.05F);
+  const auto put = [&](std::size_t at, auto number) { std::memcpy(matrix.bytes.data() + at, &number, sizeof number); };
+  const std::size_t block_bytes = matrix.type->block_bytes;
+  for (std::size_t at = 0; at < matrix.bytes.size(); at += block_bytes) {
+    const float value = normal(random);
+    if (id == GgufTypeId::kF32) {
+      put(at, value);
+    } else if (id == GgufTypeId::kF16) {
+      put(at, cpu::to_half(value));
+    } else if (id == GgufTypeId::kBF16) {
+      put(at, static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16));
+    } else {
+      for (std::size_t i = 0; i < block_bytes; ++i) matrix.bytes[at + i] = static_cast<std::byte>(random());
+      for (const std::size_t half : halves_in(id)) put(at + half, cpu::to_half(value));
+    }
+  }
+  return matrix;
+}
+
+// A packed matrix with its memory.
+struct PackedWeights {
+  explicit PackedWeights(const StoredMatrix& matrix) {
+    shape = {.outputs = matrix.rows, .inputs = matrix.columns, .has_minimums = cpu::has_minimums(*matrix.type)};
+    std::vector<std::size_t> numbers(matrix.rows);
+    std::iota(numbers.begin(), numbers.end(), std::size_t{0});
+    multiplier = cpu::multiplier_for(cpu::largest_scale(matrix.stored(), numbers));
+    memory.resize(shape.bytes() + kAlignment);
+    std::vector<float> scratch(matrix.columns);
+    for (std::size_t panel = 0; panel < shape.panels(); ++panel) {
+      const std::size_t first = panel * cpu::kPanelOutputs;
+      const std::size_t count = std::min(cpu::kPanelOutputs, matrix.rows - first);
+      cpu::pack_panel(matrix.stored(), {numbers.data() + first, count}, shape, multiplier, scratch,
+                      data() + panel * shape.panel_bytes());
+    }
+  }
+
+  cpu::PackedMatrix packed() const {
+    return {.shape = shape, .bytes = data(), .multiplier = multiplier, .bias = bias.empty() ? nullptr : bias.data()};
+  }
+
+  // Also of outputs and inputs that are padding.
+  int value(std::size_t output, std::size_t input) const {
+    const std::byte* const group = group_at(output, input / cpu::kGroup);
+    const std::size_t i = input % cpu::kGroup, lane = output % cpu::kPanelOutputs;
+    return static_cast<int>(group[i / 4 * 4 * cpu::kPanelOutputs + lane * 4 + i % 4]) - static_cast<int>(cpu::kBias);
+  }
+  // With the multiplier.
+  double scale(std::size_t output, std::size_t group) const { return half(output, group, 0); }
+  double minimum(std::size_t output, std::size_t group) const {
+    return shape.has_minimums ? half(output, group, 1) : 0;
+  }
+
+  cpu::MatrixShape shape;
+  float multiplier = 1;
+  std::vector<float> bias;
+
+ private:
+  static constexpr std::size_t kAlignment = 64;
+
+  const std::byte* data() const {
+    const auto address = reinterpret_cast<std::uintptr_t>(memory.data());
+    return memory.data() + (kAlignment - address % kAlignment) % kAlignment;
+  }
+  std::byte* data() { return const_cast<std::byte*>(std::as_const(*this).data()); }
+  const std::byte* group_at(std::size_t output, std::size_t group) const {
+    return data() + output / cpu::kPanelOutputs * shape.panel_bytes() + group * shape.group_bytes();
+  }
+  double half(std::size_t output, std::size_t group, std::size_t which) const {
+    std::uint16_t bits;
+    std::memcpy(&bits,
+                group_at(output, group) + cpu::kPanelOutputs * (cpu::kGroup + 2 * which) +
+                    output % cpu::kPanelOutputs * sizeof bits,
+                sizeof bits);
+    return static_cast<double>(cpu::from_half(bits)) * multiplier;
+  }
+
+  std::vector<std::byte> memory;
+};
+
+// The orthonormal transform of each 16 values; what is past the end is zero.
+inline std::vector<double> rotated(std::span<const float> values) {
+  const std::size_t size = (values.size() + cpu::kGroup - 1) / cpu::kGroup * cpu::kGroup;
+  std::vector<double> out(size);
+  for (std::size_t i = 0; i < values.size(); ++i) {
+    const std::size_t first = i / cpu::kRotation * cpu::kRotation;
+    for (std::size_t j = 0; j < cpu::kRotation; ++j) {
+      const bool is_negative = std::popcount((i - first) & j) % 2 != 0;
+      out[first + j] += (is_negative ? -0.25 : 0.25) * static_cast<double>(values[i]);
+    }
+  }
+  return out;
+}
+
+}  // namespace rts::testing
