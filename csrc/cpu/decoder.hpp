@@ -36,8 +36,8 @@ class Decoder final : public NativeModel {
 
   void step(const NativeStep& step) override;
 
-  // The logits of batch.logits_at, [samples × vocabulary]; valid until the next call. Throws std::length_error where the
-  // step is larger than its memory.
+  // The logits of batch.logits_at, [samples × vocabulary]; valid until the next call. Throws std::length_error where
+  // the step is larger than its memory.
   std::span<const float> forward(const StepShape& shape, const StepBuffers& batch);
 
  private:

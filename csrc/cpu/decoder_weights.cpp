@@ -125,7 +125,8 @@ DecoderWeights::DecoderWeights(const DecoderSpec& spec, const StoredTensors& ten
 
 void DecoderWeights::add(PackedMatrix& matrix, const Reader& reader, const std::string& part, std::size_t outputs,
                          std::size_t inputs, const std::string& gate) {
-  Source source{.part = part, .tensor = reader.matrix(part, outputs, inputs), .gate = {}, .shape = {}, .matrix = &matrix};
+  Source source{
+      .part = part, .tensor = reader.matrix(part, outputs, inputs), .gate = {}, .shape = {}, .matrix = &matrix};
   std::vector<float> bias = reader.vector(part + ".bias", outputs);
   bool minimums = has_minimums(*source.tensor.type);
   std::size_t packed_outputs = outputs;
