@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from realtime_serve.checkpoints.gguf_metadata import GgufMetadata
@@ -19,6 +19,12 @@ ROPE_FACTORS = "rope_freqs.weight"
 _LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)")
 _EMBEDDING = "token_embd.weight"
 _MODEL_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_GPT2_MODEL_NAMES = {
+    "token_embd": "transformer.wte",
+    "position_embd": "transformer.wpe",
+    "output_norm": "transformer.ln_f",
+    "output": "lm_head",
+}
 
 _PROJECTIONS = {
     "attn_norm": "input_layernorm",
@@ -38,6 +44,13 @@ _GEMMA2 = {
     "ffn_norm": "pre_feedforward_layernorm",
     "post_ffw_norm": "post_feedforward_layernorm",
 }
+_GPT2_PROJECTIONS = {
+    "attn_qkv": "attn.c_attn",
+    "attn_output": "attn.c_proj",
+    "ffn_up": "mlp.c_fc",
+    "ffn_down": "mlp.c_proj",
+}
+_GPT2 = {**_GPT2_PROJECTIONS, "attn_norm": "ln_1", "ffn_norm": "ln_2"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +58,13 @@ class Architecture:
     """How one is stored."""
 
     config: Callable[[GgufMetadata], dict[str, Any]]
-    """`model_type`, and what it needs beside `_common_config`."""
+    """What a config.json would say of it, but for the vocabulary."""
     layer_names: Mapping[str, str]
+    model_names: Mapping[str, str] = field(default_factory=lambda: _MODEL_NAMES)
+    layers: str = "model.layers"
+    """What transformers calls the layers."""
+    transposed: frozenset[str] = frozenset()
+    """Projections whose weights transformers has inputs first; GGUF never does."""
     has_rotary_pairs: bool = False
     """Rows of the query and key projections are rotary pairs side by side; transformers has a head's two halves."""
     norm_offset: float = 0.0
@@ -57,8 +75,14 @@ class Architecture:
         stem, _, kind = stored.rpartition(".")
         layer = _LAYER_TENSOR.fullmatch(stem)
         if layer and layer[2] in self.layer_names:
-            return f"model.layers.{layer[1]}.{self.layer_names[layer[2]]}.{kind}"
-        return f"{_MODEL_NAMES[stem]}.{kind}" if stem in _MODEL_NAMES else stored
+            return f"{self.layers}.{layer[1]}.{self.layer_names[layer[2]]}.{kind}"
+        return f"{self.model_names[stem]}.{kind}" if stem in self.model_names else stored
+
+    def is_transposed(self, name: str) -> bool:
+        """Whether transformers has the tensor, by its own name for it, the other way round."""
+        return name.removesuffix(".weight").partition(".h.")[2].partition(".")[2] in self.transposed and (
+            name.endswith(".weight")
+        )
 
 
 def architecture_of(metadata: GgufMetadata) -> Architecture:
@@ -73,7 +97,7 @@ def architecture_of(metadata: GgufMetadata) -> Architecture:
 
 def config_of(metadata: GgufMetadata) -> dict[str, Any]:
     """What a config.json of the model would say. Raises UnsupportedModelError or ModelLoadError that names the key."""
-    values = _common_config(metadata) | architecture_of(metadata).config(metadata)
+    values = architecture_of(metadata).config(metadata)
     embedding = metadata.tensors.get(_EMBEDDING)
     if embedding is None:
         raise ModelLoadError(f"{metadata.source}: tensor {_EMBEDDING!r} is missing")
@@ -81,6 +105,7 @@ def config_of(metadata: GgufMetadata) -> dict[str, Any]:
 
 
 def _common_config(metadata: GgufMetadata) -> dict[str, Any]:
+    """Of those that are built like Llama."""
     heads = metadata.count("attention.head_count")
     embedding = metadata.count("embedding_length")
     head_dim = metadata.count("attention.key_length", embedding // heads)
@@ -117,8 +142,9 @@ def _rope_parameters(metadata: GgufMetadata, theta: float = 10000.0) -> dict[str
 def _llama(metadata: GgufMetadata) -> dict[str, Any]:
     """Mistral's models are stored under this name too; those with a sliding window may say so."""
     if metadata.has("attention.sliding_window"):
-        return {"model_type": "mistral", "sliding_window": metadata.count("attention.sliding_window")}
-    return {
+        window = metadata.count("attention.sliding_window")
+        return _common_config(metadata) | {"model_type": "mistral", "sliding_window": window}
+    return _common_config(metadata) | {
         "model_type": "llama",
         "attention_bias": "blk.0.attn_q.bias" in metadata.tensors,
         "mlp_bias": "blk.0.ffn_up.bias" in metadata.tensors,
@@ -126,19 +152,20 @@ def _llama(metadata: GgufMetadata) -> dict[str, Any]:
 
 
 def _qwen2(metadata: GgufMetadata) -> dict[str, Any]:
-    return {"model_type": "qwen2"}
+    return _common_config(metadata) | {"model_type": "qwen2"}
 
 
 def _qwen3(metadata: GgufMetadata) -> dict[str, Any]:
-    return {"model_type": "qwen3", "attention_bias": "blk.0.attn_q.bias" in metadata.tensors}
+    bias = "blk.0.attn_q.bias" in metadata.tensors
+    return _common_config(metadata) | {"model_type": "qwen3", "attention_bias": bias}
 
 
 def _gemma(metadata: GgufMetadata) -> dict[str, Any]:
-    return {"model_type": "gemma"}
+    return _common_config(metadata) | {"model_type": "gemma"}
 
 
 def _gemma2(metadata: GgufMetadata) -> dict[str, Any]:
-    return {
+    return _common_config(metadata) | {
         "model_type": "gemma2",
         "query_pre_attn_scalar": _query_scalar(metadata, layers_of_27b=46),
         "sliding_window": metadata.count("attention.sliding_window", 4096),
@@ -150,7 +177,7 @@ def _gemma2(metadata: GgufMetadata) -> dict[str, Any]:
 
 def _gemma3(metadata: GgufMetadata) -> dict[str, Any]:
     local = {"rope_type": "default", "rope_theta": metadata.get("rope.freq_base_swa", 10000.0)}
-    return {
+    return _common_config(metadata) | {
         "model_type": "gemma3_text",
         "query_pre_attn_scalar": _query_scalar(metadata, layers_of_27b=62),
         "sliding_window": metadata.count("attention.sliding_window"),
@@ -160,6 +187,19 @@ def _gemma3(metadata: GgufMetadata) -> dict[str, Any]:
             "full_attention": _rope_parameters(metadata, theta=1e6),
             "sliding_attention": local,
         },
+    }
+
+
+def _gpt2(metadata: GgufMetadata) -> dict[str, Any]:
+    return {
+        "model_type": "gpt2",
+        "n_embd": metadata.count("embedding_length"),
+        "n_inner": metadata.count("feed_forward_length"),
+        "n_layer": metadata.count("block_count"),
+        "n_head": metadata.count("attention.head_count"),
+        "n_positions": metadata.count("context_length"),
+        "layer_norm_epsilon": metadata.require("attention.layer_norm_epsilon", float),
+        "tie_word_embeddings": "output.weight" not in metadata.tensors,
     }
 
 
@@ -191,4 +231,11 @@ _ARCHITECTURES = {
     "gemma": Architecture(_gemma, _LLAMA, norm_offset=1.0),
     "gemma2": Architecture(_gemma2, _GEMMA2, norm_offset=1.0),
     "gemma3": Architecture(_gemma3, {**_GEMMA2, **_QUERY_KEY_NORMS}, norm_offset=1.0),
+    "gpt2": Architecture(
+        _gpt2,
+        _GPT2,
+        _GPT2_MODEL_NAMES,
+        layers="transformer.h",
+        transposed=frozenset(_GPT2_PROJECTIONS.values()),
+    ),
 }

@@ -41,6 +41,8 @@ def write_gguf(
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             # Rotary pairs side by side.
             rows = rows.reshape(-1, 2, config.head_dim // 2, *rows.shape[1:]).swapaxes(1, 2).reshape(rows.shape)
+        if architecture == "gpt2" and ".c_" in name and rows.ndim == 2:
+            rows = rows.T
         if architecture.startswith("gemma") and name.endswith("norm.weight"):
             rows = rows + 1
         stored = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -54,6 +56,21 @@ def write_gguf(
 
 
 def _keys(config: Any) -> dict[str, Any]:
+    return _gpt2_keys(config) if config.model_type == "gpt2" else _llama_keys(config)
+
+
+def _gpt2_keys(config: Any) -> dict[str, Any]:
+    return {
+        "context_length": config.n_positions,
+        "embedding_length": config.n_embd,
+        "block_count": config.n_layer,
+        "feed_forward_length": config.n_inner,
+        "attention.head_count": config.n_head,
+        "attention.layer_norm_epsilon": config.layer_norm_epsilon,
+    }
+
+
+def _llama_keys(config: Any) -> dict[str, Any]:
     """Neither Gemma's query scale nor its layers' kinds are among them, and nothing says that Mistral has a window."""
     rope = config.rope_parameters
     keys = {

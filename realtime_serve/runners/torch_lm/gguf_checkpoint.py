@@ -28,7 +28,10 @@ class GgufCheckpoint:
         self.config = make_config(config_of(metadata), self.source)
         self._check_types()
         self._stored = {self._architecture.name_of(name): name for name in tensors if name != ROPE_FACTORS}
-        self.shapes = {name: tuple(tensors[stored].shape) for name, stored in self._stored.items()}
+        self.shapes = {
+            name: tuple(tensors[stored].shape)[:: -1 if self._architecture.is_transposed(name) else 1]
+            for name, stored in self._stored.items()
+        }
         self.rope_factors = self._read_rope_factors()
 
     def check_type(self, name: str) -> None:
@@ -36,6 +39,8 @@ class GgufCheckpoint:
 
     def read(self, name: str) -> torch.Tensor:
         tensor = self._dequantize(self._stored[name])
+        if self._architecture.is_transposed(name):
+            return tensor.T
         if self._architecture.has_rotary_pairs:
             if ".q_proj." in name:
                 return _split_halves(tensor, self.config.num_attention_heads)

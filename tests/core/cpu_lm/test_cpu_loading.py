@@ -62,7 +62,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3", "gemma3_text", "gpt2"])
 def test_a_gguf_file_and_a_folder_of_the_same_weights_are_the_same_model(tmp_path: Path, family: str) -> None:
     changes: dict[str, Any] = {"query_pre_attn_scalar": 32} if family == "gemma3_text" else {}
     if family.startswith("qwen"):

@@ -36,6 +36,7 @@ from realtime_serve.errors import ModelLoadError
         pytest.param("gemma", {}, id="Gemma"),
         pytest.param("gemma2", {"query_pre_attn_scalar": 32}, id="Gemma 2"),
         pytest.param("gemma3_text", {"query_pre_attn_scalar": 32}, id="Gemma 3"),
+        pytest.param("gpt2", {"tie_word_embeddings": True}, id="GPT-2"),
     ],
 )
 def test_gguf(tmp_path: Path, family: str, changes: dict[str, Any]) -> None:
