@@ -228,6 +228,39 @@ def available_cpu_kernels() -> list[str]:
     """Those that can be had here, the best first: avx512, avx2, portable."""
 
 @final
+class PagedAttention:
+    """The keys and values of all layers in float32, in blocks of 16 positions, and attention over them: one step at a
+    time, on `threads` of the calling thread's OpenMP threads. ValueError where heads cannot share the KV heads, or have
+    a number of values that is over 256 or no multiple of 8."""
+
+    def __init__(
+        self, *, layers: int, heads: int, kv_heads: int, head_dim: int, num_blocks: int, threads: int
+    ) -> None: ...
+    def begin_step(
+        self,
+        *,
+        query_start: npt.NDArray[np.int32],
+        context_len: npt.NDArray[np.int32],
+        rows: npt.NDArray[np.int32],
+        block_table: npt.NDArray[np.int32],
+        kv_slots: npt.NDArray[np.int64],
+    ) -> None:
+        """A step's arrays, as runners.base.StepBatch has them. They are read until the next call."""
+    def attend(
+        self,
+        layer: int,
+        query: npt.NDArray[np.float32],
+        key: npt.NDArray[np.float32],
+        value: npt.NDArray[np.float32],
+        *,
+        scale: float,
+        window: int | None,
+        out: npt.NDArray[np.float32],
+    ) -> None:
+        """Stores a layer's keys and values, then attends its queries to their contexts; once a step. All arrays are
+        [tokens, heads, head_dim]; `out` is contiguous, the others need be so in a head. The GIL is free meanwhile."""
+
+@final
 class PriorityQueue:
     """Numbers by priority, deadline and arrival; one that has waited for ageing_ns goes first."""
 

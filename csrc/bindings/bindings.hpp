@@ -11,6 +11,7 @@ void register_cpu_model(pybind11::module_& m);
 void register_engine_core(pybind11::module_& m);
 void register_gguf(pybind11::module_& m);
 void register_native_model(pybind11::module_& m);
+void register_paged_attention(pybind11::module_& m);
 void register_priority_queue(pybind11::module_& m);
 void register_text(pybind11::module_& m);
 

@@ -11,5 +11,6 @@ PYBIND11_MODULE(_core, m) {
   rts::bindings::register_cpu_model(m);
   rts::bindings::register_engine_core(m);
   rts::bindings::register_gguf(m);
+  rts::bindings::register_paged_attention(m);
   rts::bindings::register_priority_queue(m);
 }

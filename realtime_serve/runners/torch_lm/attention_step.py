@@ -32,11 +32,11 @@ class Segment:
 class AttentionStep:
     """What attention needs to know of a step. Segments are built once for all layers with the same window."""
 
-    def __init__(self, batch: StepBatch, cache: KvCache, *, dtype: torch.dtype, device: torch.device) -> None:
-        self.cache = cache
-        self.kv_slots = torch.from_numpy(batch.kv_slots).to(device)
+    def __init__(self, batch: StepBatch, cache: KvCache) -> None:
+        self._block_size = cache.block_size
+        self._dtype, self._device = cache.dtype, cache.device
+        self.kv_slots = torch.from_numpy(batch.kv_slots).to(cache.device)
         self._batch = batch
-        self._dtype, self._device = dtype, device
         self._queries = np.diff(batch.query_start).astype(np.int64)
         self._context = batch.context_len.astype(np.int64)
         self._longest = int(self._context.max())
@@ -52,7 +52,7 @@ class AttentionStep:
                 first = np.maximum(self._context - self._queries - window + 1, 0)
             decoding = np.flatnonzero(self._queries == 1)
             self._segments[window] = [
-                *self._decoding_segments(decoding, first[decoding] // self.cache.block_size, window),
+                *self._decoding_segments(decoding, first[decoding] // self._block_size, window),
                 *(
                     self._chunk_segment(chunk, int(first[chunk]), window)
                     for chunk in np.flatnonzero(self._queries > 1).tolist()
@@ -67,7 +67,7 @@ class AttentionStep:
         """
         if not len(members):
             return
-        block_size = self.cache.block_size
+        block_size = self._block_size
         num_blocks = (self._context[members] - 1) // block_size + 1 - first_block
         order = np.argsort(num_blocks, kind="stable")
         members, first_block, num_blocks = members[order], first_block[order], num_blocks[order]
@@ -109,7 +109,7 @@ class AttentionStep:
 
     def _chunk_segment(self, sequence: int, first: int, window: int | None) -> Segment:
         """A sequence with several tokens is a segment of its own."""
-        block_size = self.cache.block_size
+        block_size = self._block_size
         queries, context = int(self._queries[sequence]), int(self._context[sequence])
         block = np.arange(first // block_size, (context - 1) // block_size + 1)
         physical = self._batch.block_table[self._batch.rows[sequence], block].astype(np.int64)

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 
 from realtime_serve.errors import ModelLoadError
+from realtime_serve.machine import free_memory
 
 
 def open_device(name: str) -> torch.device:
@@ -26,10 +25,4 @@ def open_device(name: str) -> torch.device:
 
 def free_bytes(device: torch.device) -> int:
     """Memory that can be had now."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        key, _, kilobytes = line.partition(":")
-        if key == "MemAvailable":
-            return int(kilobytes.split()[0]) * 1024
-    raise OSError("/proc/meminfo does not say what memory is available")
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()

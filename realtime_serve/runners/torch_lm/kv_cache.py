@@ -38,7 +38,7 @@ class KvCache:
     def __init__(
         self, shape: KvShape, *, num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.block_size = block_size
+        self.block_size, self.dtype, self.device = block_size, dtype, device
         size = (num_blocks * block_size, shape.heads, shape.head_dim)
         self._keys = [_zeros(size, dtype, device) for _ in range(shape.layers)]
         self._values = [_zeros(size, dtype, device) for _ in range(shape.layers)]

@@ -3,43 +3,32 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from transformers import PreTrainedModel
 
 from realtime_serve.errors import ModelLoadError
 from realtime_serve.runners.base import StepBatch
-from realtime_serve.runners.torch_lm.attention_step import AttentionStep
+from realtime_serve.runners.kv_plan import KvPlan, KvRequest, plan_kv_cache
+from realtime_serve.runners.torch_lm.attention import PagedAttention
 from realtime_serve.runners.torch_lm.checkpoint import Checkpoint
-from realtime_serve.runners.torch_lm.device import open_device
+from realtime_serve.runners.torch_lm.device import free_bytes, open_device
 from realtime_serve.runners.torch_lm.families import max_positions
 from realtime_serve.runners.torch_lm.folder_checkpoint import FolderCheckpoint
+from realtime_serve.runners.torch_lm.gathered_attention import GatheredAttention
 from realtime_serve.runners.torch_lm.gguf_checkpoint import GgufCheckpoint
 from realtime_serve.runners.torch_lm.kv_cache import KvCache, KvShape
-from realtime_serve.runners.torch_lm.memory import KvPlan, plan_kv_cache
 from realtime_serve.runners.torch_lm.model import ModelBuilder
+from realtime_serve.runners.torch_lm.native_attention import BLOCK_SIZE, NativeAttention
+from realtime_serve.runners.vocabulary import VocabularySource, padded_vocabulary
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-_BLOCK_SIZE = 16
-
-
-class VocabularySource(Protocol):
-    """What the runner needs of a tokenizer."""
-
-    @property
-    def special_tokens(self) -> frozenset[int]: ...
-
-    @property
-    def eos_tokens(self) -> frozenset[int]: ...
-
-    def vocabulary_tokens(self) -> list[bytes]: ...
 
 
 class TorchLM:
     """See `Runner` for the contract."""
 
-    block_size = _BLOCK_SIZE
+    block_size = BLOCK_SIZE
 
     def __init__(
         self,
@@ -56,14 +45,8 @@ class TorchLM:
         self.max_context = max_context
         self.num_blocks, self.cached_blocks = kv_plan.num_blocks, kv_plan.cached_blocks
         self._model = model
-        self._device, self._dtype = model.device, model.dtype
-        self._cache = KvCache(
-            KvShape.of(model.config),
-            num_blocks=self.num_blocks,
-            block_size=_BLOCK_SIZE,
-            dtype=self._dtype,
-            device=self._device,
-        )
+        self._device = model.device
+        self._attention = _attention_for(model, self.num_blocks)
 
     @classmethod
     def load(
@@ -87,18 +70,22 @@ class TorchLM:
         where, values = open_device(device), _DTYPES[dtype]
         checkpoint: Checkpoint = FolderCheckpoint(path) if path.is_dir() else GgufCheckpoint(path)
         builder = ModelBuilder(checkpoint, values)
-        vocabulary = _vocabulary(tokenizer, checkpoint.config.vocab_size)
+        vocabulary = padded_vocabulary(tokenizer, checkpoint.config.vocab_size)
         max_context = min(max_context, max_positions(checkpoint.config))
         kv_plan = plan_kv_cache(
-            checkpoint,
-            weight_bytes=builder.weight_bytes,
-            block_size=_BLOCK_SIZE,
-            dtype=values,
-            device=where,
-            max_context=max_context,
-            max_batch_size=max_batch_size,
-            kv_cache_mb=kv_cache_mb,
-            prefix_cache_mb=prefix_cache_mb,
+            KvRequest(
+                source=checkpoint.source,
+                weights=dtype,
+                weight_bytes=builder.weight_bytes,
+                block_bytes=KvShape.of(checkpoint.config).block_bytes(BLOCK_SIZE, values),
+                block_size=BLOCK_SIZE,
+                max_context=max_context,
+                max_batch_size=max_batch_size,
+                kv_cache_mb=kv_cache_mb,
+                prefix_cache_mb=prefix_cache_mb,
+            ),
+            device=str(where),
+            free=free_bytes(where),
         )
         return cls(
             builder.load(where),
@@ -116,22 +103,24 @@ class TorchLM:
 
     def _forward(self, batch: StepBatch) -> torch.Tensor:
         """Logits of the tokens that want them, [S, vocabulary]."""
+        self._attention.begin_step(batch)
         logits: torch.Tensor = self._model(
             input_ids=torch.from_numpy(batch.tokens)[None].to(self._device),
             position_ids=torch.from_numpy(batch.positions)[None].to(self._device),
             use_cache=False,
             logits_to_keep=torch.from_numpy(batch.logits_at).to(self._device),
-            attention_step=AttentionStep(batch, self._cache, dtype=self._dtype, device=self._device),
+            paged_attention=self._attention,
         ).logits[0]
         return logits
 
     def close(self) -> None:
-        del self._model, self._cache
+        del self._model, self._attention
 
 
-def _vocabulary(tokenizer: VocabularySource, logits: int) -> list[bytes]:
-    """The tokenizer's tokens; embeddings are often padded to a round number of rows, which print as nothing."""
-    tokens = tokenizer.vocabulary_tokens()
-    if len(tokens) > logits:
-        raise ModelLoadError(f"the tokenizer has {len(tokens)} tokens, the model {logits}")
-    return tokens + [b""] * (logits - len(tokens))
+def _attention_for(model: PreTrainedModel, num_blocks: int) -> PagedAttention:
+    if NativeAttention.supports(model.config, model.dtype, model.device):
+        return NativeAttention(model.config, num_blocks=num_blocks)
+    shape = KvShape.of(model.config)
+    return GatheredAttention(
+        KvCache(shape, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device)
+    )

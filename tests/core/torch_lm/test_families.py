@@ -17,6 +17,7 @@ from torch_reference import MAX_BATCH_SIZE, TOLERANCE, assert_matches, drive, lo
 from realtime_serve.runners.torch_lm.families import FAMILIES
 
 
+@pytest.mark.usefixtures("each_attention")
 @pytest.mark.parametrize("family", FAMILIES)
 def test_mixed_batches_match_each_sequence_alone(tmp_path: Path, family: str) -> None:
     reference = save_tiny_model(tmp_path, family)
@@ -46,6 +47,7 @@ def test_what_a_configuration_can_change(tmp_path: Path, family: str, changes: d
         assert_matches(reference, sequence)
 
 
+@pytest.mark.usefixtures("each_attention")
 @pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "mistral", "qwen2"])
 @pytest.mark.parametrize("chunk", [1, 7, WINDOW, 64, 256])
 def test_chunks_of_any_size_pass_a_window(tmp_path: Path, family: str, chunk: int) -> None:
@@ -57,6 +59,7 @@ def test_chunks_of_any_size_pass_a_window(tmp_path: Path, family: str, chunk: in
     assert_matches(reference, sequence)
 
 
+@pytest.mark.usefixtures("each_attention")
 @pytest.mark.parametrize("family", ["gemma2", "llama", "mistral"])
 def test_decoding_sequences_of_very_different_lengths_share_a_step(tmp_path: Path, family: str) -> None:
     reference = save_tiny_model(tmp_path, family)

@@ -158,18 +158,18 @@ def test_frequencies_in_old_checkpoints_are_ignored(folder: Path) -> None:
 
 def test_weights_and_cache_that_do_not_fit_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A full batch of 8 sequences of 512 positions has 2 MB of keys and values in a layer pair.
-    monkeypatch.setattr("realtime_serve.runners.torch_lm.memory.free_bytes", lambda device: 2_300_000)
+    monkeypatch.setattr("realtime_serve.runners.torch_lm.runner.free_bytes", lambda device: 2_300_000)
     monkeypatch.setattr("realtime_serve.runners.torch_lm.model.ModelBuilder.load", lambda *_: pytest.fail("loaded"))
     assert refusal(folder, kv_cache_mb=2) == (
         f"{folder}: the weights take 0.3 MB as float32 and the KV cache 2.1 MB, and cpu has 2.3 MB free"
     )
-    monkeypatch.setattr("realtime_serve.runners.torch_lm.memory.free_bytes", lambda device: 200_000)
+    monkeypatch.setattr("realtime_serve.runners.torch_lm.runner.free_bytes", lambda device: 200_000)
     assert "the weights take 0.3 MB" in refusal(folder)
 
 
 def test_a_cache_whose_size_nobody_chose_fits_the_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     everything = load(folder).num_blocks
-    monkeypatch.setattr("realtime_serve.runners.torch_lm.memory.free_bytes", lambda device: 2_300_000)
+    monkeypatch.setattr("realtime_serve.runners.torch_lm.runner.free_bytes", lambda device: 2_300_000)
     blocks = load(folder).num_blocks
     assert blocks == pytest.approx(0.8 * (2_300_000 - 300_000) / 8192, abs=12)
     assert blocks < everything

@@ -13,6 +13,7 @@ from tiny_models import MAX_POSITIONS, VOCABULARY, TinyTokenizer, save_tiny_llam
 from torch_reference import MAX_BATCH_SIZE, TOLERANCE, assert_matches, drive, load, random_tokens
 
 
+@pytest.mark.usefixtures("each_attention")
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(
     "changes",
@@ -53,6 +54,7 @@ def test_rotary_positions_are_the_models(tmp_path: Path, rope: dict[str, Any]) -
     assert_matches(reference, sequence)
 
 
+@pytest.mark.usefixtures("each_attention")
 def test_a_poisoned_sequence_harms_neither_its_neighbours_nor_who_gets_its_blocks(tmp_path: Path) -> None:
     reference = tiny_llama()
     poison = VOCABULARY - 1
