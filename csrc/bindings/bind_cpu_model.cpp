@@ -195,9 +195,11 @@ py::array_t<float> logits_of(CpuWeights& weights,
 // Runs a step whose arrays Python owns (a StepBatch): the logits that it wants, a view that the next step overwrites.
 py::array_t<float> forward(const py::object& self, const py::object& batch) {
   auto& decoder = self.cast<Decoder&>();
+  std::vector<py::array> kept;  // an array of another kind is converted
   const auto numbers = [&]<typename Number>(const char* name, Number*& to) {
     const auto array = batch.attr(name).cast<py::array_t<Number, py::array::c_style>>();
     to = const_cast<Number*>(array.data());  // they are only read
+    kept.push_back(array);
     return static_cast<std::uint32_t>(array.size());
   };
   StepBuffers buffers;

@@ -44,12 +44,11 @@ def plan_kv_cache(request: KvRequest, *, device: str, free: int) -> KvPlan:
 
     Raises ModelLoadError where they do not fit beside the weights, or do not hold one sequence.
     """
-    is_on_cpu = device == "cpu"
     each = request.block_bytes
     per_sequence = -(-request.max_context // request.block_size)
     if request.kv_cache_mb is None:
         budget = int((free - request.weight_bytes) * _KV_CACHE_SHARE)
-        if is_on_cpu:
+        if not device.startswith("cuda"):
             budget = min(budget, _DEFAULT_KV_CACHE_MB << 20)
         budget = max(budget, per_sequence * each)
     else:
@@ -65,7 +64,7 @@ def plan_kv_cache(request: KvRequest, *, device: str, free: int) -> KvPlan:
             f"{request.source}: the weights take {request.weight_bytes / 1e6:.1f} MB as {request.weights} and the KV"
             f" cache {num_blocks * each / 1e6:.1f} MB, and {device} has {free / 1e6:.1f} MB free"
         )
-    if request.prefix_cache_mb is None and not is_on_cpu:
+    if request.prefix_cache_mb is None and device != "cpu":
         return KvPlan(num_blocks, num_blocks)  # their memory is taken anyway
     kept = (_DEFAULT_PREFIX_CACHE_MB if request.prefix_cache_mb is None else request.prefix_cache_mb) << 20
     return KvPlan(num_blocks, min(num_blocks, kept // each))
