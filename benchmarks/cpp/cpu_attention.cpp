@@ -16,7 +16,7 @@
 #include <string_view>
 #include <vector>
 
-#include "cpu/half.hpp"
+#include "rts/half.hpp"
 #include "cpu/kernels.hpp"
 
 namespace {
@@ -56,7 +56,7 @@ class Context {
     std::normal_distribution<float> normal;
     for (float& x : query_) x = normal(random);
     std::vector<std::uint16_t> some(4096);
-    for (std::uint16_t& x : some) x = rts::cpu::to_half(normal(random));
+    for (std::uint16_t& x : some) x = rts::to_half(normal(random));
     for (std::size_t i = 0; i < 2 * caches_ * numbers_; ++i) memory_[i] = some[i % some.size()];
     std::iota(table_.begin(), table_.end(), 0);
     std::shuffle(table_.begin(), table_.end(), random);

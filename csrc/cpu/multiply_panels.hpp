@@ -8,10 +8,10 @@
 
 #include "cpu/kernels.hpp"
 #include "cpu/vector_exp.hpp"
+#include "rts/cache_line.hpp"
 
 namespace rts::cpu {
 
-inline constexpr std::size_t kCacheLine = 64;
 inline constexpr std::size_t kPrefetchBytes = 4 * kCacheLine;
 
 // The part of a product that is computed in registers: some rows of `input`, one panel or two neighbours, and the

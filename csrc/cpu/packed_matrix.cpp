@@ -8,7 +8,7 @@
 #include <limits>
 #include <vector>
 
-#include "cpu/half.hpp"
+#include "rts/half.hpp"
 #include "cpu/quantization.hpp"
 
 namespace rts::cpu {

@@ -4,6 +4,8 @@
 #include <bit>
 #include <cstring>
 
+#include "rts/half.hpp"
+
 namespace rts {
 namespace {
 
@@ -11,27 +13,6 @@ static_assert(std::endian::native == std::endian::little, "GGUF is read as it li
 
 // Each loop below is one that gcc turns into SSE4.1 (2e9 values a second and core): a constant trip count or a plain
 // stride, masks for branches, and a block copied to a local first, which `out` cannot alias.
-
-constexpr std::uint32_t kHalfInfinity = 31U << 23;  // binary16's exponents, where binary32 has its own
-constexpr std::uint32_t kHalfNormal = 1U << 23;     // what is less is a denormal
-constexpr std::uint32_t kRebias = (127U - 15U) << 23;
-
-// `value` where a < b, else 0, for a and b below 2^31. gcc 12 makes a branch of a conditional, and no vector code.
-inline std::uint32_t if_less(std::uint32_t a, std::uint32_t b, std::uint32_t value) {
-  return value & static_cast<std::uint32_t>(static_cast<std::int32_t>(a - b) >> 31);
-}
-
-// A denormal gets the least exponent and so a leading one, which is then subtracted; all others subtract 0. Neither
-// side nor the difference ever is a binary32 denormal: threads that flush those to zero get the same values.
-inline float from_half(std::uint16_t half) {
-  const std::uint32_t sign = (half & 0x8000U) << 16;
-  const std::uint32_t magnitude = (half & 0x7FFFU) << 13;
-  const std::uint32_t minuend = magnitude + kRebias + if_less(magnitude, kHalfNormal, kHalfNormal);
-  const std::uint32_t subtrahend = if_less(magnitude, kHalfNormal, kRebias + kHalfNormal);
-  const float finite = std::bit_cast<float>(minuend) - std::bit_cast<float>(subtrahend);
-  const std::uint32_t to_infinity = if_less(kHalfInfinity - 1, magnitude, kRebias);
-  return std::bit_cast<float>(sign | (std::bit_cast<std::uint32_t>(finite) + to_infinity));
-}
 
 // The 16-bit values, and what the bits of one are as a float.
 template <typename Convert>

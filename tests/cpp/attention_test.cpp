@@ -15,7 +15,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "cpu/half.hpp"
+#include "rts/half.hpp"
 #include "cpu/kernels.hpp"
 
 namespace rts::cpu {

@@ -1,4 +1,4 @@
-#include "cpu/half.hpp"
+#include "rts/half.hpp"
 
 #include <gtest/gtest.h>
 
@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <limits>
 
-namespace rts::cpu {
+namespace rts {
 namespace {
 
 // What the bits say.
@@ -57,4 +57,4 @@ TEST(Half, WhatIsTooLargeIsInfinityAndWhatIsTooSmallZero) {
 }
 
 }  // namespace
-}  // namespace rts::cpu
+}  // namespace rts

@@ -12,7 +12,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/half.hpp"
+#include "rts/half.hpp"
 #include "cpu/packed_matrix.hpp"
 #include "rts/gguf_types.hpp"
 
@@ -76,12 +76,12 @@ inline StoredMatrix random_matrix(GgufTypeId id, std::size_t rows, std::size_t c
     if (id == GgufTypeId::kF32) {
       put(at, value);
     } else if (id == GgufTypeId::kF16) {
-      put(at, cpu::to_half(value));
+      put(at, to_half(value));
     } else if (id == GgufTypeId::kBF16) {
       put(at, static_cast<std::uint16_t>(std::bit_cast<std::uint32_t>(value) >> 16));
     } else {
       for (std::size_t i = 0; i < block_bytes; ++i) matrix.bytes[at + i] = static_cast<std::byte>(random());
-      for (const std::size_t half : halves_in(id)) put(at + half, cpu::to_half(value));
+      for (const std::size_t half : halves_in(id)) put(at + half, to_half(value));
     }
   }
   return matrix;
@@ -141,7 +141,7 @@ struct PackedWeights {
                 group_at(output, group) + cpu::kPanelOutputs * (cpu::kGroup + 2 * which) +
                     output % cpu::kPanelOutputs * sizeof bits,
                 sizeof bits);
-    return static_cast<double>(cpu::from_half(bits)) * multiplier;
+    return static_cast<double>(from_half(bits)) * multiplier;
   }
 
   std::vector<std::byte> memory;

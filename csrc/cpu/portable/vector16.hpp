@@ -6,7 +6,7 @@
 #include <cstring>
 #include <utility>
 
-#include "cpu/half.hpp"
+#include "rts/half.hpp"
 
 namespace rts::cpu::portable {
 
