@@ -20,8 +20,8 @@ class NativeAttention:
 
     def __init__(self, config: PreTrainedConfig, *, num_blocks: int) -> None:
         shape = KvShape.of(config)
-        # In torch's own threads. Of a step of 32 decoding sequences (SmolLM2-135M, two Ice Lake cores) it takes 5 ms,
-        # where one thread takes 9 and GatheredAttention 31; of a prompt of 512 tokens 68 ms, 108 and 133.
+        # In torch's own threads. Of a step of 32 decoding sequences (SmolLM2-135M, two Ice Lake cores) it takes 6 ms,
+        # where one thread takes 9 and GatheredAttention 32; of a prompt of 512 tokens 69 ms, 108 and 133.
         self._native = _core.PagedAttention(
             layers=shape.layers,
             heads=config.num_attention_heads,
