@@ -202,24 +202,31 @@ class CpuWeights:
     def __init__(self, spec: dict[str, Any], tensors: dict[str, CpuTensor], *, threads: int) -> None: ...
     @property
     def packed_bytes(self) -> int: ...
+    @property
+    def kv_block_bytes(self) -> int:
+        """What a block of the KV cache takes in all layers."""
     def open_packed(self, path: os.PathLike[str], description: str) -> bool:
         """Uses the matrices as they lie packed in a file, if it was made for this description and is intact."""
     def create_packed(self, path: os.PathLike[str], description: str) -> None:
         """Packs the matrices into a file, and uses it. OSError where there can be none."""
     def pack(self) -> None:
-        """Packs the matrices into memory. One of the three comes before anything is computed."""
+        """Packs the matrices into memory. One of the three comes before anything is computed; from then on only the
+        embeddings are read from the tensors. ValueError where they are packed already."""
     def logits(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Of each position of a text, [tokens, vocabulary]."""
 
 @final
 class CpuModel(NativeModel):
-    """Runs a decoder whose weights are packed. Blocks have 16 positions. The weights serve one model at a time."""
+    """Runs a decoder whose weights are packed. The weights serve one model at a time."""
 
     def __init__(
         self, weights: CpuWeights, *, max_tokens: int, max_samples: int, max_context: int, num_blocks: int
     ) -> None: ...
     def forward(self, batch: Any) -> npt.NDArray[np.float32]:
         """Runs a step (a StepBatch). The logits that it wants, [samples, vocabulary]; the next step overwrites them."""
+
+KV_BLOCK_POSITIONS: int
+"""Of a block of the KV cache, as the kernels have it."""
 
 def cpu_kernels() -> str:
     """The instruction set that is used: the best, or what RTS_CPU_ISA names; ValueError where that is not there."""

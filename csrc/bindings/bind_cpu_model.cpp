@@ -15,6 +15,7 @@
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
@@ -105,7 +106,7 @@ class CpuWeights {
       : spec_(spec_from(spec)), threads_(threads) {
     StoredTensors stored;
     for (const auto& [part, tensor] : tensors) {
-      kept_.push_back(tensor.bytes);
+      kept_.emplace(part, tensor.bytes);
       stored.emplace(part, tensor.stored);
     }
     weights_.emplace(spec_, stored);
@@ -113,29 +114,31 @@ class CpuWeights {
 
   // Whether the file has what would be packed; then it is used.
   bool open_packed(const std::filesystem::path& path, const std::string& description) {
-    const py::gil_scoped_release release;
-    return use(cpu::PackedFile::open(path, cpu::PackedKey::of(description), weights_->packed_bytes()));
+    std::optional<cpu::PackedFile> found;
+    {
+      const py::gil_scoped_release release;
+      found = cpu::PackedFile::open(path, cpu::PackedKey::of(description), weights_->packed_bytes());
+    }
+    if (!found) return false;
+    use(std::move(*found));
+    return true;
   }
 
   // Packs into a file that open_packed() finds from then on.
   void create_packed(const std::filesystem::path& path, const std::string& description) {
-    std::error_code error;
-    {
-      const py::gil_scoped_release release;
-      auto made = cpu::PackedFile::create(path, cpu::PackedKey::of(description), weights_->packed_bytes(), fill());
-      if (auto* const file = std::get_if<cpu::PackedFile>(&made)) {
-        use(std::move(*file));
-        return;
-      }
-      error = std::get<std::error_code>(made);
+    auto made = packed([&](const cpu::PackedFile::Fill& fill) {
+      return cpu::PackedFile::create(path, cpu::PackedKey::of(description), weights_->packed_bytes(), fill);
+    });
+    if (const auto* const error = std::get_if<std::error_code>(&made)) {
+      PyErr_SetObject(PyExc_OSError, py::make_tuple(error->value(), error->message(), py::cast(path)).ptr());
+      throw py::error_already_set();
     }
-    PyErr_SetObject(PyExc_OSError, py::make_tuple(error.value(), error.message(), py::cast(path)).ptr());
-    throw py::error_already_set();
+    use(std::get<cpu::PackedFile>(std::move(made)));
   }
 
   void pack() {
-    const py::gil_scoped_release release;
-    use(cpu::PackedFile::in_memory(weights_->packed_bytes(), fill()));
+    use(packed(
+        [&](const cpu::PackedFile::Fill& fill) { return cpu::PackedFile::in_memory(weights_->packed_bytes(), fill); }));
   }
 
   const DecoderSpec& spec() const { return spec_; }
@@ -143,19 +146,23 @@ class CpuWeights {
   ThreadPool& threads() { return threads_; }
 
  private:
-  cpu::PackedFile::Fill fill() {
-    return [this](std::span<std::byte> payload) { weights_->pack(payload, threads_); };
+  // What `make` makes, without the GIL, of a function that packs.
+  template <typename Make>
+  std::invoke_result_t<Make, const cpu::PackedFile::Fill&> packed(Make make) {
+    if (packed_) throw std::invalid_argument("the weights are packed already");
+    const py::gil_scoped_release release;
+    return make([this](std::span<std::byte> payload) { weights_->pack(payload, threads_); });
   }
 
-  bool use(std::optional<cpu::PackedFile> packed) {
-    if (!packed) return false;
-    packed_ = std::move(packed);
+  // From now on only the embeddings are read from what Python gave: the rest may be gigabytes.
+  void use(cpu::PackedFile file) {
+    packed_ = std::move(file);
     weights_->bind(packed_->bytes());
-    return true;
+    std::erase_if(kept_, [](const auto& entry) { return entry.first != "embedding" && entry.first != "positions"; });
   }
 
   DecoderSpec spec_;
-  std::vector<Bytes> kept_;
+  std::map<std::string, Bytes> kept_;  // what the weights are read from
   ThreadPool threads_;
   std::optional<DecoderWeights> weights_;
   std::optional<cpu::PackedFile> packed_;
@@ -231,6 +238,11 @@ void register_cpu_model(py::module_& m) {
       .def(py::init<const py::dict&, const std::map<std::string, CpuTensor>&, std::size_t>(), "spec"_a, "tensors"_a,
            py::kw_only(), "threads"_a)
       .def_property_readonly("packed_bytes", [](const CpuWeights& self) { return self.weights().packed_bytes(); })
+      .def_property_readonly("kv_block_bytes",
+                             [](const CpuWeights& self) {
+                               const DecoderSpec& spec = self.spec();
+                               return cpu::KvCache::block_bytes(spec.layers, spec.kv_heads, spec.head_dim);
+                             })
       .def("open_packed", &CpuWeights::open_packed, "path"_a, "description"_a)
       .def("create_packed", &CpuWeights::create_packed, "path"_a, "description"_a)
       .def("pack", &CpuWeights::pack)
@@ -244,6 +256,7 @@ void register_cpu_model(py::module_& m) {
            "weights"_a, py::kw_only(), "max_tokens"_a, "max_samples"_a, "max_context"_a, "num_blocks"_a,
            py::keep_alive<1, 2>())
       .def("forward", &forward, "batch"_a);
+  m.attr("KV_BLOCK_POSITIONS") = cpu::kBlockPositions;
   m.def("cpu_kernels", [] { return cpu::kernels().name; });
   m.def("available_cpu_kernels", [] {
     std::vector<std::string_view> names;

@@ -45,8 +45,8 @@ class BoundPagedAttention {
                            .context_len = context_len.data(),
                            .rows = rows.data(),
                            .block_table = block_table.data(),
-                           .row_blocks = static_cast<std::size_t>(block_table.shape(1)),
-                           .kv_slots = kv_slots.data()});
+                           .row_blocks = static_cast<std::size_t>(block_table.shape(1))},
+                          kv_slots.data());
   }
 
   void attend(std::size_t layer, const Floats& query, const Floats& key, const Floats& value, float scale,

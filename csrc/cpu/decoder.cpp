@@ -5,17 +5,12 @@
 #include <stdexcept>
 #include <string>
 
-#include "rts/cache_line.hpp"
-
 namespace rts::cpu {
 namespace {
 
 // Up to so many rows, each thread quantizes all of them for itself: half a microsecond a row, as long as waiting for
 // the other threads takes.
 constexpr std::size_t kOwnRows = 2;
-// A product's panels are shared out in about so many parts a thread: a thread that was delayed leaves its parts to the
-// others.
-constexpr std::size_t kPartsOfAThread = 6;
 constexpr std::size_t kPanelPair = 2;  // panels that the kernels take together: one alone costs more than half of two
 constexpr std::size_t kPhases = 6;     // of a layer, whose work is shared out
 
@@ -36,19 +31,6 @@ std::size_t whole_vectors(std::size_t outputs) {
 }
 
 }  // namespace
-
-// What is left of a phase's work.
-struct alignas(kCacheLine) Decoder::Work {
-  std::atomic<std::size_t> next{0};
-
-  // Calls `take(begin, end)` with parts of [0, items) that no other thread gets.
-  template <typename Take>
-  void share(std::size_t items, std::size_t part, Take&& take) {
-    for (std::size_t begin; (begin = next.fetch_add(part, std::memory_order_relaxed)) < items;) {
-      take(begin, std::min(begin + part, items));
-    }
-  }
-};
 
 struct Decoder::Product {
   const PackedMatrix* matrix;
@@ -85,7 +67,7 @@ Decoder::Decoder(const DecoderSpec& spec, const DecoderWeights& weights, ThreadP
       threads_(threads),
       kernels_(kernels),
       limits_(limits),
-      kv_(spec, limits.num_blocks),
+      kv_(spec.layers, spec.kv_heads, spec.head_dim, limits.num_blocks),
       work_(spec.layers * kPhases + 1) {
   const auto floats = [&](std::size_t rows, std::size_t columns) {
     return memory_.emplace_back(rows * columns * sizeof(float)).as<float>();
@@ -122,25 +104,16 @@ std::span<const float> Decoder::forward(const StepShape& shape, const StepBuffer
   }
   shape_ = shape;
   batch_ = batch;
-  plan_attention();
-  for (Work& work : work_) work.next.store(0, std::memory_order_relaxed);
+  plan_.make({.sequences = shape.sequences,
+              .query_start = batch.query_start,
+              .context_len = batch.context_len,
+              .rows = batch.rows,
+              .block_table = batch.block_table,
+              .row_blocks = (limits_.max_context + kBlockPositions - 1) / kBlockPositions},
+             spec_.kv_heads);
+  for (SharedWork& work : work_) work.reset();
   threads_.run([this](std::size_t thread) { run(thread); });
   return {logits_, shape.samples * spec_.vocabulary};
-}
-
-void Decoder::plan_attention() {
-  attentions_.clear();
-  has_chunks_ = false;
-  for (std::size_t sequence = 0; sequence < shape_.sequences; ++sequence) {
-    const auto first = static_cast<std::size_t>(batch_.query_start[sequence]);
-    const auto last = static_cast<std::size_t>(batch_.query_start[sequence + 1]);
-    if (last - first > 1) has_chunks_ = true;
-    for (std::size_t row = first; row < last; row += kMaxQueries) {
-      for (std::size_t kv_head = 0; kv_head < spec_.kv_heads; ++kv_head) {
-        attentions_.push_back({sequence, row, std::min(kMaxQueries, last - row), kv_head});
-      }
-    }
-  }
 }
 
 // A thread's way through the layers.
@@ -149,7 +122,7 @@ void Decoder::run(std::size_t thread) {
   const std::size_t queries = spec_.heads * spec_.head_dim, keys = spec_.kv_heads * spec_.head_dim;
   const std::size_t inner = whole_vectors(spec_.intermediate);
   float* const scratch = scratch_[thread];
-  Work* work = work_.data();
+  SharedWork* work = work_.data();
 
   const Range mine = part_of(tokens, thread, threads);
   for (std::size_t row = mine.begin; row < mine.end; ++row) embed(row);
@@ -176,8 +149,8 @@ void Decoder::run(std::size_t thread) {
     multiply(*work++, {{{&layer.q, q_, queries}, {&layer.k, k_, keys}, {&layer.v, v_, keys}}}, input, tokens);
     threads_.wait_for_all();
 
-    Work& turned = *work++;
-    Work& attended = *work++;
+    SharedWork& turned = *work++;
+    SharedWork& attended = *work++;
     attend(thread, i, turned, attended);
     threads_.wait_for_all();
 
@@ -229,40 +202,37 @@ void Decoder::embed(std::size_t row) {
   }
 }
 
-void Decoder::attend(std::size_t thread, std::size_t layer, Work& turned, Work& attended) {
+void Decoder::attend(std::size_t thread, std::size_t layer, SharedWork& turned, SharedWork& attended) {
   const std::size_t group = spec_.heads / spec_.kv_heads, head_dim = spec_.head_dim;
   const std::size_t queries = spec_.heads * head_dim;
-  const std::size_t row_blocks = (limits_.max_context + kBlockPositions - 1) / kBlockPositions;
   const AttentionShape shape{.heads = group,
                              .kv_heads = 1,
                              .head_dim = head_dim,
                              .scale = spec_.attention_scale,
                              .window = spec_.windows[layer]};
-  if (has_chunks_) {  // a chunk's later queries see its earlier ones
+  if (plan_.has_chunks()) {
     const std::size_t items = shape_.tokens * spec_.kv_heads;
-    turned.share(items, std::max<std::size_t>(1, items / (threads_.threads() * kPartsOfAThread)),
-                 [&](std::size_t begin, std::size_t end) {
-                   for (std::size_t i = begin; i < end; ++i) {
-                     turn_and_store(layer, i / spec_.kv_heads, i % spec_.kv_heads);
-                   }
-                 });
+    turned.share(items, SharedWork::part_of(items, threads_.threads()), [&](std::size_t begin, std::size_t end) {
+      for (std::size_t i = begin; i < end; ++i) {
+        turn_and_store(layer, i / spec_.kv_heads, i % spec_.kv_heads);
+      }
+    });
     threads_.wait_for_all();
   }
-  attended.share(attentions_.size(), 1, [&](std::size_t i, std::size_t) {
-    const Attention& attention = attentions_[i];
-    if (!has_chunks_) turn_and_store(layer, attention.first_row, attention.kv_head);
-    const std::size_t at = attention.first_row * queries + attention.kv_head * group * head_dim;
-    kernels_.attend(
-        shape, kv_.of(layer, attention.kv_head),
-        {.block_table = batch_.block_table + static_cast<std::size_t>(batch_.rows[attention.sequence]) * row_blocks,
-         .kv_head = 0,
-         .first_position = static_cast<std::size_t>(batch_.positions[attention.first_row]),
-         .queries = attention.queries,
-         .query = q_ + at,
-         .query_stride = queries,
-         .out = attended_ + at,
-         .out_stride = queries,
-         .scratch = scratch_[thread]});
+  attended.share(plan_.pieces().size(), 1, [&](std::size_t i, std::size_t) {
+    const AttentionPlan::Piece& piece = plan_.pieces()[i];
+    if (!plan_.has_chunks()) turn_and_store(layer, piece.first_token, piece.kv_head);
+    const std::size_t at = piece.first_token * queries + piece.kv_head * group * head_dim;
+    kernels_.attend(shape, kv_.of(layer, piece.kv_head),
+                    {.block_table = piece.block_table,
+                     .kv_head = 0,
+                     .first_position = piece.first_position,
+                     .queries = piece.queries,
+                     .query = q_ + at,
+                     .query_stride = queries,
+                     .out = attended_ + at,
+                     .out_stride = queries,
+                     .scratch = scratch_[thread]});
   });
 }
 
@@ -284,11 +254,12 @@ void Decoder::turn_and_store(std::size_t layer, std::size_t row, std::size_t kv_
                     k_ + at, v_ + at);
 }
 
-void Decoder::multiply(Work& work, std::span<const Product> products, const QuantizedRows& input, std::size_t rows) {
+void Decoder::multiply(SharedWork& work, std::span<const Product> products, const QuantizedRows& input,
+                       std::size_t rows) {
   std::size_t panels = 0;
   for (const Product& product : products) panels += product.matrix->shape.panels();
-  const std::size_t pairs = panels / (threads_.threads() * kPartsOfAThread * kPanelPair);
-  work.share(panels, kPanelPair * std::max<std::size_t>(1, pairs), [&](std::size_t begin, std::size_t end) {
+  const std::size_t part = kPanelPair * SharedWork::part_of(panels / kPanelPair, threads_.threads());
+  work.share(panels, part, [&](std::size_t begin, std::size_t end) {
     for (const Product& product : products) {
       const std::size_t own = product.matrix->shape.panels();
       if (begin < own) {

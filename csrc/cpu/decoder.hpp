@@ -1,6 +1,5 @@
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -8,10 +7,12 @@
 #include <vector>
 
 #include "cpu/anonymous_memory.hpp"
+#include "cpu/attention_plan.hpp"
 #include "cpu/decoder_spec.hpp"
 #include "cpu/decoder_weights.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/kv_cache.hpp"
+#include "cpu/shared_work.hpp"
 #include "cpu/thread_pool.hpp"
 #include "rts/native_model.hpp"
 
@@ -41,28 +42,18 @@ class Decoder final : public NativeModel {
   std::span<const float> forward(const StepShape& shape, const StepBuffers& batch);
 
  private:
-  struct Work;
   struct Product;
   class Activations;
 
-  void plan_attention();
   void run(std::size_t thread);
   void embed(std::size_t row);
-  void attend(std::size_t thread, std::size_t layer, Work& turned, Work& attended);
+  void attend(std::size_t thread, std::size_t layer, SharedWork& turned, SharedWork& attended);
   void turn_and_store(std::size_t layer, std::size_t row, std::size_t kv_head);
-  void multiply(Work& work, std::span<const Product> products, const QuantizedRows& input, std::size_t rows);
+  void multiply(SharedWork& work, std::span<const Product> products, const QuantizedRows& input, std::size_t rows);
   template <typename RowOf>
   QuantizedRows quantize_rows(std::size_t thread, std::size_t columns, std::size_t rows, bool is_once, RowOf&& row_of);
   void normalise(const NormWeights& norm, const float* x, std::size_t size, float* out) const;
   void add_branch(const NormWeights& post_norm, std::size_t row);
-
-  // Queries of a sequence that are attended together, with one KV head.
-  struct Attention {
-    std::size_t sequence;
-    std::size_t first_row;
-    std::size_t queries;
-    std::size_t kv_head;
-  };
 
   const DecoderSpec spec_;
   const DecoderWeights& weights_;
@@ -71,7 +62,7 @@ class Decoder final : public NativeModel {
   const DecoderLimits limits_;
   KvCache kv_;
   std::vector<AnonymousMemory> memory_;
-  std::vector<Work> work_;
+  std::vector<SharedWork> work_;
   std::unique_ptr<Activations> shared_;
   std::vector<std::unique_ptr<Activations>> own_;  // of each thread
   std::vector<float*> scratch_;                    // of each thread
@@ -85,8 +76,7 @@ class Decoder final : public NativeModel {
 
   StepShape shape_;
   StepBuffers batch_;
-  bool has_chunks_ = false;  // a sequence has several tokens in this step
-  std::vector<Attention> attentions_;
+  AttentionPlan plan_;
 };
 
 }  // namespace rts::cpu

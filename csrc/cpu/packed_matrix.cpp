@@ -8,8 +8,8 @@
 #include <limits>
 #include <vector>
 
-#include "rts/half.hpp"
 #include "cpu/quantization.hpp"
+#include "rts/half.hpp"
 
 namespace rts::cpu {
 namespace {

@@ -2,11 +2,12 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <vector>
 
 #include "cpu/anonymous_memory.hpp"
 #include "cpu/attention.hpp"
+#include "cpu/attention_plan.hpp"
 #include "cpu/kernels.hpp"
+#include "cpu/kv_cache.hpp"
 #include "cpu/openmp_team.hpp"
 
 namespace rts::cpu {
@@ -30,19 +31,8 @@ struct PagedAttentionShape {
   std::size_t head_dim = 0;
 };
 
-// What a step's sequences are, in the arrays that rts::StepBuffers describes.
-struct PagedSequences {
-  std::size_t sequences = 0;
-  const std::int32_t* query_start = nullptr;
-  const std::int32_t* context_len = nullptr;
-  const std::int32_t* rows = nullptr;
-  const std::int32_t* block_table = nullptr;
-  std::size_t row_blocks = 0;  // of block_table
-  const std::int64_t* kv_slots = nullptr;
-};
-
 // The keys and values of all layers in single precision, and attention over them, for a model whose other parts are
-// somebody else's. Each KV head has arrays of its own, as in KvCache. Memory is taken as blocks are first used.
+// somebody else's.
 class PagedAttention {
  public:
   // Throws std::invalid_argument where the kernels do not support the shape. `threads`: see OpenMpTeam.
@@ -51,8 +41,8 @@ class PagedAttention {
   const PagedAttentionShape& shape() const noexcept { return shape_; }
   std::size_t tokens() const noexcept { return tokens_; }  // of the step
 
-  // The arrays must live as long as the step.
-  void begin_step(const PagedSequences& sequences);
+  // `kv_slots` has one a token. The arrays must live as long as the step.
+  void begin_step(const StepSequences& sequences, const std::int64_t* kv_slots);
 
   // Stores the step's keys and values of a layer, then attends its queries to their contexts: [tokens][heads][head_dim]
   // into `out`. Once a layer and step. `window` as in AttentionShape.
@@ -60,28 +50,18 @@ class PagedAttention {
               std::size_t window, float* out) noexcept;
 
  private:
-  // Neighbouring queries of a sequence, and the heads of one KV head.
-  struct Task {
-    const std::int32_t* block_table;  // of the sequence
-    std::size_t first_token;
-    std::size_t first_position;
-    std::size_t queries;
-    std::size_t kv_head;
-  };
   struct Layer;
 
   template <typename Work>
   void share(std::size_t items, const Work& work) const noexcept;
   void store(const Layer& layer, std::size_t token, std::size_t kv_head) const noexcept;
-  void attend(const Layer& layer, const Task& task, float* scratch) const noexcept;
-  KvLayerFloat kv_of(std::size_t layer, std::size_t kv_head) const noexcept;
+  void attend(const Layer& layer, const AttentionPlan::Piece& piece, float* scratch) const noexcept;
 
   const PagedAttentionShape shape_;
   const Kernels& kernels_;
   const OpenMpTeam team_;
-  std::size_t group_;         // heads that share a KV head
-  std::size_t head_numbers_;  // of a KV head's keys in one layer, and of its values
-  AnonymousMemory cache_;     // [layers][kv_heads][keys, values][head_numbers_]
+  KvCacheFloat cache_;
+  std::size_t group_;  // heads that share a KV head
 
   std::size_t gathered_;        // where in a thread's scratch memory there is room for a task's queries
   std::size_t scratch_floats_;  // of a thread
@@ -89,9 +69,8 @@ class PagedAttention {
 
   const std::int64_t* kv_slots_ = nullptr;
   std::size_t tokens_ = 0;
-  bool has_chunks_ = false;  // a sequence has several tokens in this step
-  bool is_shared_ = false;   // among the threads
-  std::vector<Task> tasks_;
+  bool is_shared_ = false;  // among the threads
+  AttentionPlan plan_;
 };
 
 }  // namespace rts::cpu

@@ -133,8 +133,8 @@ class PagedAttentionRun {
                            .context_len = context_len.data(),
                            .rows = rows.data(),
                            .block_table = table_.data(),
-                           .row_blocks = kRowBlocks,
-                           .kv_slots = slots.data()});
+                           .row_blocks = kRowBlocks},
+                          slots.data());
     ASSERT_EQ(attention_.tokens(), slots.size());
     const LaidOut query(queries, shape_.heads, shape_.head_dim, order);
     const LaidOut key(keys, shape_.kv_heads, shape_.head_dim, order);

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from realtime_serve._core import CpuModel, CpuWeights, NativeModel, cpu_kernels
+from realtime_serve._core import KV_BLOCK_POSITIONS, CpuModel, CpuWeights, NativeModel, cpu_kernels
 from realtime_serve.errors import ModelLoadError
 from realtime_serve.machine import free_memory, physical_cores
 from realtime_serve.runners.base import StepBatch
@@ -15,14 +15,11 @@ from realtime_serve.runners.cpu_lm.parts import Parts
 from realtime_serve.runners.kv_plan import KvPlan, KvRequest, plan_kv_cache
 from realtime_serve.runners.vocabulary import VocabularySource, padded_vocabulary
 
-_BLOCK_SIZE = 16
-_HALF_BYTES = 2
-
 
 class CpuLM:
     """See `NativeRunner` and `CachingRunner` for the contract."""
 
-    block_size = _BLOCK_SIZE
+    block_size = KV_BLOCK_POSITIONS
 
     def __init__(
         self,
@@ -77,8 +74,8 @@ class CpuLM:
                 source=checkpoint.source,
                 weights="int8",
                 weight_bytes=weights.packed_bytes,
-                block_bytes=2 * decoder.layers * decoder.kv_heads * decoder.head_dim * _BLOCK_SIZE * _HALF_BYTES,
-                block_size=_BLOCK_SIZE,
+                block_bytes=weights.kv_block_bytes,
+                block_size=KV_BLOCK_POSITIONS,
                 max_context=max_context,
                 max_batch_size=max_batch_size,
                 kv_cache_mb=kv_cache_mb,

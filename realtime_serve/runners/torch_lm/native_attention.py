@@ -9,8 +9,6 @@ from realtime_serve import _core
 from realtime_serve.runners.base import StepBatch
 from realtime_serve.runners.torch_lm.kv_cache import KvShape
 
-BLOCK_SIZE = 16
-"""Positions in a KV block, as the kernels have it."""
 _HEAD_DIM_STEP = 8
 _MAX_HEAD_DIM = 256
 

@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from realtime_serve._core import KV_BLOCK_POSITIONS
 from realtime_serve.errors import ModelLoadError
 from realtime_serve.runners.base import StepBatch
 from realtime_serve.runners.kv_plan import KvPlan, KvRequest, plan_kv_cache
@@ -19,7 +20,7 @@ from realtime_serve.runners.torch_lm.gathered_attention import GatheredAttention
 from realtime_serve.runners.torch_lm.gguf_checkpoint import GgufCheckpoint
 from realtime_serve.runners.torch_lm.kv_cache import KvCache, KvShape
 from realtime_serve.runners.torch_lm.model import ModelBuilder
-from realtime_serve.runners.torch_lm.native_attention import BLOCK_SIZE, NativeAttention
+from realtime_serve.runners.torch_lm.native_attention import NativeAttention
 from realtime_serve.runners.vocabulary import VocabularySource, padded_vocabulary
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -28,7 +29,7 @@ _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch
 class TorchLM:
     """See `Runner` for the contract."""
 
-    block_size = BLOCK_SIZE
+    block_size = KV_BLOCK_POSITIONS
 
     def __init__(
         self,
@@ -77,8 +78,8 @@ class TorchLM:
                 source=checkpoint.source,
                 weights=dtype,
                 weight_bytes=builder.weight_bytes,
-                block_bytes=KvShape.of(checkpoint.config).block_bytes(BLOCK_SIZE, values),
-                block_size=BLOCK_SIZE,
+                block_bytes=KvShape.of(checkpoint.config).block_bytes(KV_BLOCK_POSITIONS, values),
+                block_size=KV_BLOCK_POSITIONS,
                 max_context=max_context,
                 max_batch_size=max_batch_size,
                 kv_cache_mb=kv_cache_mb,
@@ -122,5 +123,5 @@ def _attention_for(model: PreTrainedModel, num_blocks: int) -> PagedAttention:
         return NativeAttention(model.config, num_blocks=num_blocks)
     shape = KvShape.of(model.config)
     return GatheredAttention(
-        KvCache(shape, num_blocks=num_blocks, block_size=BLOCK_SIZE, dtype=model.dtype, device=model.device)
+        KvCache(shape, num_blocks=num_blocks, block_size=KV_BLOCK_POSITIONS, dtype=model.dtype, device=model.device)
     )
