@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedModel
 
 VOCABULARY = 128
@@ -74,6 +75,21 @@ _OWN: dict[str, dict[str, Any]] = {
 }
 
 
+# One of each kind of rotary embedding whose frequencies are computed from the configuration alone.
+ROPES: list[dict[str, Any]] = [
+    {"rope_type": "default", "rope_theta": 500.0},
+    {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
+    {
+        "rope_type": "llama3",
+        "rope_theta": 10000.0,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64,
+    },
+]
+
+
 def tiny_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A few layers, four heads, two key-value heads where the family shares them; `changes` go to its configuration."""
     settings = _SIZES | _OWN.get(family, {}) | changes
@@ -105,6 +121,17 @@ def tiny_llama(**changes: Any) -> PreTrainedModel:
 
 def save_tiny_llama(folder: Path, **changes: Any) -> PreTrainedModel:
     return save_tiny_model(folder, "llama", **changes)
+
+
+def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
+    """Replaces tensors, their names with dots for double underscores; None removes one."""
+    path = folder / "model.safetensors"
+    tensors = load_file(path)
+    for name, tensor in changes.items():
+        tensors.pop(name.replace("__", "."), None)
+        if tensor is not None:
+            tensors[name.replace("__", ".")] = tensor
+    save_file(tensors, path)
 
 
 class TinyTokenizer:

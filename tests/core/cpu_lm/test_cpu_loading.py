@@ -12,9 +12,16 @@ import numpy as np
 import pytest
 import torch
 from gguf_writer import write_gguf
-from safetensors.torch import load_file, save_file
 from step_driver import DrivenSequence, StepDriver
-from tiny_models import MAX_POSITIONS, VOCABULARY, TinyTokenizer, save_tiny_llama, save_tiny_model, tiny_model
+from tiny_models import (
+    MAX_POSITIONS,
+    VOCABULARY,
+    TinyTokenizer,
+    change_tensors,
+    save_tiny_llama,
+    save_tiny_model,
+    tiny_model,
+)
 
 from realtime_serve import _core
 from realtime_serve.config import ModelConfig
@@ -108,17 +115,6 @@ def test_every_instruction_set_computes_the_same(folder: Path, isa: str, monkeyp
 def test_an_instruction_set_that_is_not_there_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RTS_CPU_ISA", "avx9")
     assert "RTS_CPU_ISA=avx9 cannot be had here; there is " in refusal(folder)
-
-
-def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Replaces tensors, their names with dots for double underscores; None removes one."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    for name, tensor in changes.items():
-        tensors.pop(name.replace("__", "."), None)
-        if tensor is not None:
-            tensors[name.replace("__", ".")] = tensor
-    save_file(tensors, path)
 
 
 def refusal(path: Path, **changes: Any) -> str:

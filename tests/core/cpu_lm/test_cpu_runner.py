@@ -12,7 +12,7 @@ import pytest
 import torch
 from quantized_reference import quantized
 from step_driver import DrivenSequence, StepDriver
-from tiny_models import MAX_POSITIONS, VOCABULARY, TinyTokenizer, save_tiny_llama, save_tiny_model, tiny_llama
+from tiny_models import MAX_POSITIONS, ROPES, VOCABULARY, TinyTokenizer, save_tiny_llama, save_tiny_model, tiny_llama
 from transformers import PreTrainedModel
 
 from realtime_serve.runners.cpu_lm import CpuLM
@@ -95,22 +95,7 @@ def test_every_shape(tmp_path: Path, changes: dict[str, Any]) -> None:
     assert_near(reference, drive(load(tmp_path), random_tokens(0, [60]), max_chunk=24))
 
 
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "default", "rope_theta": 500.0},
-        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-        {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
-    ],
-    ids=lambda rope: str(rope["rope_type"]),
-)
+@pytest.mark.parametrize("rope", ROPES, ids=lambda rope: str(rope["rope_type"]))
 def test_rotary_positions_are_the_models(tmp_path: Path, rope: dict[str, Any]) -> None:
     reference = save_tiny_llama(tmp_path, rope_parameters=rope)
     assert_near(reference, drive(load(tmp_path), random_tokens(0, [200]), max_chunk=64))

@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tiny_models import VOCABULARY, TinyTokenizer, save_tiny_llama, tiny_llama
+from tiny_models import VOCABULARY, TinyTokenizer, change_tensors, save_tiny_llama, tiny_llama
 from torch_reference import load
 
 from realtime_serve.config import ModelConfig
@@ -28,17 +27,6 @@ def folder(tmp_path: Path) -> Path:
 def change_config(folder: Path, **changes: Any) -> None:
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-
-def change_tensors(folder: Path, **changes: torch.Tensor | None) -> None:
-    """Replaces tensors, their names with dots for double underscores; None removes one."""
-    path = folder / "model.safetensors"
-    tensors = load_file(path)
-    for name, tensor in changes.items():
-        tensors.pop(name.replace("__", "."), None)
-        if tensor is not None:
-            tensors[name.replace("__", ".")] = tensor
-    save_file(tensors, path)
 
 
 def refusal(folder: Path, **changes: Any) -> str:

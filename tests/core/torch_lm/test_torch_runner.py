@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from step_driver import StepDriver
-from tiny_models import MAX_POSITIONS, VOCABULARY, TinyTokenizer, save_tiny_llama, tiny_llama
+from tiny_models import MAX_POSITIONS, ROPES, VOCABULARY, TinyTokenizer, save_tiny_llama, tiny_llama
 from torch_reference import MAX_BATCH_SIZE, TOLERANCE, assert_matches, drive, load, random_tokens
 
 
@@ -34,16 +34,7 @@ def test_mixed_batches_match_each_sequence_alone(tmp_path: Path, changes: dict[s
 @pytest.mark.parametrize(
     "rope",
     [
-        {"rope_type": "default", "rope_theta": 500.0},
-        {"rope_type": "linear", "rope_theta": 10000.0, "factor": 4.0},
-        {
-            "rope_type": "llama3",
-            "rope_theta": 10000.0,
-            "factor": 8.0,
-            "low_freq_factor": 1.0,
-            "high_freq_factor": 4.0,
-            "original_max_position_embeddings": 64,
-        },
+        *ROPES,
         {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128},
     ],
     ids=lambda rope: str(rope["rope_type"]),
