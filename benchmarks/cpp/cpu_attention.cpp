@@ -16,8 +16,8 @@
 #include <string_view>
 #include <vector>
 
-#include "rts/half.hpp"
 #include "cpu/kernels.hpp"
+#include "rts/half.hpp"
 
 namespace {
 

@@ -15,8 +15,8 @@
 #include <type_traits>
 #include <vector>
 
-#include "rts/half.hpp"
 #include "cpu/kernels.hpp"
+#include "rts/half.hpp"
 
 namespace rts::cpu {
 

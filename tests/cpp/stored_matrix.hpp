@@ -12,9 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "rts/half.hpp"
 #include "cpu/packed_matrix.hpp"
 #include "rts/gguf_types.hpp"
+#include "rts/half.hpp"
 
 namespace rts::testing {
 
