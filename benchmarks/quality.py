@@ -40,8 +40,8 @@ _TEXT = Path(__file__).parent / "text" / "us_founding_documents.txt"
 _WINDOW = 512
 _GROUP = 32
 """Numbers that share a scale."""
-_ROTATED = 16
-"""Numbers that are turned together."""
+_ROTATED = 8
+"""Numbers of a group that are turned together, as far apart as they can be."""
 
 Tokens = NDArray[np.int32]
 Logits = NDArray[np.float32]
@@ -102,7 +102,8 @@ def _hadamard(order: int) -> torch.Tensor:
 
 def _rotated(values: torch.Tensor) -> torch.Tensor:
     """Spreads outliers over their neighbours. A product is the same where both of its sides are turned."""
-    return (_grouped(values, _ROTATED) @ _hadamard(_ROTATED)).reshape(values.shape)
+    groups = _grouped(values, _GROUP).unflatten(-1, (_ROTATED, _GROUP // _ROTATED))
+    return (groups.mT @ _hadamard(_ROTATED)).mT.reshape(values.shape)
 
 
 def _rotated_8_bits(values: torch.Tensor) -> torch.Tensor:
@@ -152,12 +153,12 @@ ENGINES: dict[str, tuple[Callable[[Path], Engine], str]] = {
     "a8": (_scheme(Scheme(_exact, _exact, _8_bits)), "exact weights, inputs in 8 bits"),
     "rotated-a8": (
         _scheme(Scheme(_rotated, _rotated_8_bits, _rotated_8_bits)),
-        "exact weights, those of the output layer in 8 bits, inputs in 8 bits, all turned by H16 before",
+        "exact weights, those of the output layer in 8 bits, inputs in 8 bits, all turned by H8 before",
     ),
     "w8-a8": (_scheme(Scheme(_8_bits, _8_bits, _8_bits)), "weights and inputs in 8 bits"),
     "rotated-w8-a8": (
         _scheme(Scheme(_rotated_8_bits, _rotated_8_bits, _rotated_8_bits)),
-        "weights and inputs in 8 bits, turned by H16 before",
+        "weights and inputs in 8 bits, turned by H8 before",
     ),
     "w4-a8": (
         _scheme(Scheme(_4_bits, _8_bits, _8_bits)),

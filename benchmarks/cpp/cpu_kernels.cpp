@@ -2,7 +2,7 @@
 // own. What is printed is the milliseconds of processor time of the thread that needs most, each layer's being the
 // least of some runs: so a busy machine shows as little as can be.
 //
-// cpu_kernels [THREADS] [RUNS]
+// cpu_kernels [THREADS] [RUNS] [BITS]: 4 as the model is stored, or 8
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -79,11 +79,11 @@ struct Model {
     PackedMatrix attention, output, up, down;
   };
 
-  Model() : weights(std::size_t{160} << 20), activations(std::size_t{64} << 20) {
+  explicit Model(std::size_t layer_bits) : weights(std::size_t{160} << 20), activations(std::size_t{64} << 20) {
     std::mt19937_64 random(1);
-    const auto matrix = [&](std::size_t outputs, std::size_t inputs, bool has_minimums) {
+    const auto matrix = [&](std::size_t outputs, std::size_t inputs, std::size_t bits) {
       PackedMatrix made;
-      made.shape = {.outputs = outputs, .inputs = inputs, .has_minimums = has_minimums};
+      made.shape = {.outputs = outputs, .inputs = inputs, .has_minimums = bits == 4, .value_bits = bits};
       auto* const bytes = weights.take<std::byte>(made.shape.bytes());
       for (std::size_t at = 0; at + 8 <= made.shape.bytes(); at += 8) {
         // As half precision, each is finite.
@@ -95,13 +95,13 @@ struct Model {
       return made;
     };
     for (Layer& layer : layers) {
-      layer.attention = matrix(960, kHidden, true);
-      layer.output = matrix(kHidden, kHidden, true);
-      layer.up = matrix(2 * kIntermediate, kHidden, true);
-      layer.down = matrix(kHidden, kIntermediate, true);
+      layer.attention = matrix(960, kHidden, layer_bits);
+      layer.output = matrix(kHidden, kHidden, layer_bits);
+      layer.up = matrix(2 * kIntermediate, kHidden, layer_bits);
+      layer.down = matrix(kHidden, kIntermediate, layer_bits);
     }
     layer_bytes = weights.used();
-    head = matrix(kVocabulary, kHidden, false);
+    head = matrix(kVocabulary, kHidden, 8);
     hidden = rows_in(activations, kHidden);
     intermediate = rows_in(activations, kIntermediate);
     wide = activations.take<float>(kMaxRows * kIntermediate);
@@ -171,7 +171,7 @@ void measure(const Kernels& kernels, const Model& model, std::size_t threads, in
   const auto multiply = [&](const PackedMatrix& matrix, const QuantizedRows& input, std::size_t thread,
                             std::size_t rows, Epilogue epilogue, float* out, std::size_t stride) {
     const std::size_t panels = matrix.shape.panels();
-    kernels.multiply(matrix, panels * thread / threads, panels * (thread + 1) / threads, input, rows, epilogue, out,
+    kernels.multiply(matrix, {panels * thread / threads, panels * (thread + 1) / threads}, input, rows, epilogue, out,
                      stride);
   };
   constexpr double kMegabyte = 1e6;
@@ -228,7 +228,7 @@ void measure(const Kernels& kernels, const Model& model, std::size_t threads, in
 int main(int argc, char** argv) {
   const std::size_t threads = argc > 1 ? std::strtoul(argv[1], nullptr, 10) : 1;
   const int runs = argc > 2 ? std::atoi(argv[2]) : 20;
-  const rts::cpu::Model model;
+  const rts::cpu::Model model(argc > 3 ? std::strtoul(argv[3], nullptr, 10) : 4);
   rts::cpu::measure(rts::cpu::kernels(), model, threads, runs);
   return 0;
 }

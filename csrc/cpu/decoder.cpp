@@ -1,7 +1,9 @@
 #include "cpu/decoder.hpp"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <initializer_list>
 #include <stdexcept>
 #include <string>
 
@@ -12,7 +14,8 @@ namespace {
 // the other threads takes.
 constexpr std::size_t kOwnRows = 2;
 constexpr std::size_t kPanelPair = 2;  // panels that the kernels take together: one alone costs more than half of two
-constexpr std::size_t kPhases = 6;     // of a layer, whose work is shared out
+constexpr std::size_t kProducts = 4;   // of a layer, as far as they follow each other
+constexpr std::size_t kAttention = 2;  // phases of a layer's attention that are shared out
 
 struct Range {
   std::size_t begin, end;
@@ -33,10 +36,40 @@ std::size_t whole_vectors(std::size_t outputs) {
 }  // namespace
 
 struct Decoder::Product {
-  const PackedMatrix* matrix;
-  float* out;
-  std::size_t stride;
+  const PackedMatrix* matrix = nullptr;
+  float* out = nullptr;
+  std::size_t stride = 0;
   Epilogue epilogue = Epilogue::kStore;
+};
+
+// Products with the same rows, as if their panels were those of one.
+class Decoder::Products {
+ public:
+  Products(std::initializer_list<Product> products) : count_(products.size()) {
+    std::ranges::copy(products, products_.begin());
+  }
+
+  std::span<const Product> each() const { return {products_.data(), count_}; }
+  std::size_t panels() const {
+    std::size_t all = 0;
+    for (const Product& product : each()) all += product.matrix->shape.panels();
+    return all;
+  }
+  // A panel's memory with what lies behind it in the same matrix; none past the end.
+  std::span<const std::byte> memory_from(std::size_t panel) const {
+    for (const Product& product : each()) {
+      const MatrixShape& shape = product.matrix->shape;
+      if (panel < shape.panels()) {
+        return std::span(product.matrix->bytes, shape.bytes()).subspan(panel * shape.panel_bytes());
+      }
+      panel -= shape.panels();
+    }
+    return {};
+  }
+
+ private:
+  std::array<Product, 3> products_;
+  std::size_t count_;
 };
 
 // Memory for quantized rows of any width up to a bound.
@@ -68,7 +101,8 @@ Decoder::Decoder(const DecoderSpec& spec, const DecoderWeights& weights, ThreadP
       kernels_(kernels),
       limits_(limits),
       kv_(spec.layers, spec.kv_heads, spec.head_dim, limits.num_blocks),
-      work_(spec.layers * kPhases + 1) {
+      attention_work_(spec.layers * kAttention) {
+  for (std::size_t i = 0; i < spec.layers * kProducts + 1; ++i) product_work_.emplace_back(threads.threads());
   const auto floats = [&](std::size_t rows, std::size_t columns) {
     return memory_.emplace_back(rows * columns * sizeof(float)).as<float>();
   };
@@ -111,7 +145,8 @@ std::span<const float> Decoder::forward(const StepShape& shape, const StepBuffer
               .block_table = batch.block_table,
               .row_blocks = (limits_.max_context + kBlockPositions - 1) / kBlockPositions},
              spec_.kv_heads);
-  for (SharedWork& work : work_) work.reset();
+  for (SharedWork& work : attention_work_) work.reset();
+  for (PartitionedWork& work : product_work_) work.reset();
   threads_.run([this](std::size_t thread) { run(thread); });
   return {logits_, shape.samples * spec_.vocabulary};
 }
@@ -119,10 +154,10 @@ std::span<const float> Decoder::forward(const StepShape& shape, const StepBuffer
 // A thread's way through the layers.
 void Decoder::run(std::size_t thread) {
   const std::size_t threads = threads_.threads(), tokens = shape_.tokens, hidden = spec_.hidden;
-  const std::size_t queries = spec_.heads * spec_.head_dim, keys = spec_.kv_heads * spec_.head_dim;
-  const std::size_t inner = whole_vectors(spec_.intermediate);
+  const std::size_t queries = spec_.heads * spec_.head_dim, inner = whole_vectors(spec_.intermediate);
   float* const scratch = scratch_[thread];
-  SharedWork* work = work_.data();
+  SharedWork* attention_work = attention_work_.data();
+  PartitionedWork* work = product_work_.data();
 
   const Range mine = part_of(tokens, thread, threads);
   for (std::size_t row = mine.begin; row < mine.end; ++row) embed(row);
@@ -138,35 +173,40 @@ void Decoder::run(std::size_t thread) {
   };
   // Where a branch's product goes: to x at once, unless it is normalised before.
   const auto into_x = [&](const PackedMatrix& matrix, const NormWeights& post_norm) {
-    return post_norm ? Product{&matrix, branch_, hidden} : Product{&matrix, x_, hidden, Epilogue::kAdd};
+    return Products{post_norm ? Product{&matrix, branch_, hidden} : Product{&matrix, x_, hidden, Epilogue::kAdd}};
   };
+  const Products head = {{&weights_.head(), logits_, spec_.vocabulary}};
 
   const NormWeights* left = nullptr;  // the post-norm of the branch before
   for (std::size_t i = 0; i < spec_.layers; ++i) {
     const LayerWeights& layer = weights_.layer(i);
+    const Products output = into_x(layer.output, layer.attention_post_norm);
+    const Products up = {{&layer.up, inner_, inner, spec_.activation}};
+    const Products down = into_x(layer.down, layer.mlp_post_norm);
+
     QuantizedRows input =
         quantize_rows(thread, hidden, tokens, left != nullptr && *left, normalised(layer.attention_norm, left));
-    multiply(*work++, {{{&layer.q, q_, queries}, {&layer.k, k_, keys}, {&layer.v, v_, keys}}}, input, tokens);
+    multiply(thread, *work++, attention_inputs(i), output, input, tokens);
     threads_.wait_for_all();
 
-    SharedWork& turned = *work++;
-    SharedWork& attended = *work++;
+    SharedWork& turned = *attention_work++;
+    SharedWork& attended = *attention_work++;
     attend(thread, i, turned, attended);
     threads_.wait_for_all();
 
     input = quantize_rows(thread, queries, tokens, false,
                           [&](std::size_t row) -> const float* { return attended_ + row * queries; });
-    multiply(*work++, {{into_x(layer.output, layer.attention_post_norm)}}, input, tokens);
+    multiply(thread, *work++, output, up, input, tokens);
     threads_.wait_for_all();
 
     input = quantize_rows(thread, hidden, tokens, static_cast<bool>(layer.attention_post_norm),
                           normalised(layer.mlp_norm, &layer.attention_post_norm));
-    multiply(*work++, {{{&layer.up, inner_, inner, spec_.activation}}}, input, tokens);
+    multiply(thread, *work++, up, down, input, tokens);
     threads_.wait_for_all();
 
     input = quantize_rows(thread, spec_.intermediate, tokens, false,
                           [&](std::size_t row) -> const float* { return inner_ + row * inner; });
-    multiply(*work++, {{into_x(layer.down, layer.mlp_post_norm)}}, input, tokens);
+    multiply(thread, *work++, down, i + 1 < spec_.layers ? attention_inputs(i + 1) : head, input, tokens);
     threads_.wait_for_all();
     left = &layer.mlp_post_norm;
   }
@@ -175,7 +215,13 @@ void Decoder::run(std::size_t thread) {
       quantize_rows(thread, hidden, shape_.samples, left != nullptr && *left, [&](std::size_t sample) -> const float* {
         return normalised(weights_.norm(), left)(static_cast<std::size_t>(batch_.logits_at[sample]));
       });
-  multiply(*work, {{{&weights_.head(), logits_, spec_.vocabulary}}}, input, shape_.samples);
+  multiply(thread, *work, head, attention_inputs(0), input, shape_.samples);
+}
+
+Decoder::Products Decoder::attention_inputs(std::size_t layer) const {
+  const std::size_t keys = spec_.kv_heads * spec_.head_dim;
+  const LayerWeights& weights = weights_.layer(layer);
+  return {{&weights.q, q_, spec_.heads * spec_.head_dim}, {&weights.k, k_, keys}, {&weights.v, v_, keys}};
 }
 
 void Decoder::embed(std::size_t row) {
@@ -254,23 +300,30 @@ void Decoder::turn_and_store(std::size_t layer, std::size_t row, std::size_t kv_
                     k_ + at, v_ + at);
 }
 
-void Decoder::multiply(SharedWork& work, std::span<const Product> products, const QuantizedRows& input,
-                       std::size_t rows) {
-  std::size_t panels = 0;
-  for (const Product& product : products) panels += product.matrix->shape.panels();
-  const std::size_t part = kPanelPair * SharedWork::part_of(panels / kPanelPair, threads_.threads());
-  work.share(panels, part, [&](std::size_t begin, std::size_t end) {
-    for (const Product& product : products) {
+// `following` will be multiplied next.
+void Decoder::multiply(std::size_t thread, PartitionedWork& work, const Products& products, const Products& following,
+                       const QuantizedRows& input, std::size_t rows) {
+  const auto pairs_of = [](const Products& of) { return (of.panels() + kPanelPair - 1) / kPanelPair; };
+  const std::size_t panels = products.panels(), pairs = pairs_of(products), threads = threads_.threads();
+  const std::size_t next_own = kPanelPair * PartitionedWork::own_begin(pairs_of(following), thread, threads);
+  const auto take = [&](std::size_t first_pair, std::size_t last_pair, std::size_t range_end) {
+    std::size_t begin = first_pair * kPanelPair, end = std::min(last_pair * kPanelPair, panels);
+    const std::span<const std::byte> next =
+        last_pair < range_end ? products.memory_from(end) : following.memory_from(next_own);
+    std::size_t before = 0;  // panels of other products
+    for (const Product& product : products.each()) {
       const std::size_t own = product.matrix->shape.panels();
       if (begin < own) {
-        kernels_.multiply(*product.matrix, begin, std::min(end, own), input, rows, product.epilogue, product.out,
-                          product.stride);
+        const PanelRange range{begin, std::min(end, own), end <= own ? next : products.memory_from(before + own)};
+        kernels_.multiply(*product.matrix, range, input, rows, product.epilogue, product.out, product.stride);
       }
+      before += own;
       if (end <= own) return;
       begin = begin > own ? begin - own : 0;
       end -= own;
     }
-  });
+  };
+  work.share(thread, pairs, PartitionedWork::part_of(pairs, threads), take);
 }
 
 // Quantizes the rows that `row_of` gives; all are there when it returns. `is_once`: `row_of` must be called once a row.

@@ -12,6 +12,7 @@
 #include "cpu/decoder_weights.hpp"
 #include "cpu/kernels.hpp"
 #include "cpu/kv_cache.hpp"
+#include "cpu/partitioned_work.hpp"
 #include "cpu/shared_work.hpp"
 #include "cpu/thread_pool.hpp"
 #include "rts/native_model.hpp"
@@ -43,13 +44,16 @@ class Decoder final : public NativeModel {
 
  private:
   struct Product;
+  class Products;
   class Activations;
 
   void run(std::size_t thread);
   void embed(std::size_t row);
   void attend(std::size_t thread, std::size_t layer, SharedWork& turned, SharedWork& attended);
   void turn_and_store(std::size_t layer, std::size_t row, std::size_t kv_head);
-  void multiply(SharedWork& work, std::span<const Product> products, const QuantizedRows& input, std::size_t rows);
+  Products attention_inputs(std::size_t layer) const;
+  void multiply(std::size_t thread, PartitionedWork& work, const Products& products, const Products& following,
+                const QuantizedRows& input, std::size_t rows);
   template <typename RowOf>
   QuantizedRows quantize_rows(std::size_t thread, std::size_t columns, std::size_t rows, bool is_once, RowOf&& row_of);
   void normalise(const NormWeights& norm, const float* x, std::size_t size, float* out) const;
@@ -62,7 +66,8 @@ class Decoder final : public NativeModel {
   const DecoderLimits limits_;
   KvCache kv_;
   std::vector<AnonymousMemory> memory_;
-  std::vector<SharedWork> work_;
+  std::vector<SharedWork> attention_work_;
+  std::vector<PartitionedWork> product_work_;
   std::unique_ptr<Activations> shared_;
   std::vector<std::unique_ptr<Activations>> own_;  // of each thread
   std::vector<float*> scratch_;                    // of each thread

@@ -128,12 +128,13 @@ void DecoderWeights::add(PackedMatrix& matrix, const Reader& reader, const std::
   Source source{
       .part = part, .tensor = reader.matrix(part, outputs, inputs), .gate = {}, .shape = {}, .matrix = &matrix};
   std::vector<float> bias = reader.vector(part + ".bias", outputs);
-  bool minimums = has_minimums(*source.tensor.type);
+  bool is_exact = packs_exactly(*source.tensor.type), minimums = has_minimums(*source.tensor.type);
   std::size_t packed_outputs = outputs;
   if (!gate.empty()) {
     source.gate = reader.matrix(gate, outputs, inputs);
     // Rows of two types are packed as floats.
-    minimums = minimums && source.gate.type == source.tensor.type;
+    is_exact = is_exact && source.gate.type == source.tensor.type;
+    minimums = minimums && is_exact;
     packed_outputs = 2 * rounded_up(outputs, kLanes);
     const std::vector<float> gate_bias = reader.vector(gate + ".bias", outputs);
     if (!bias.empty() || !gate_bias.empty()) {
@@ -146,7 +147,10 @@ void DecoderWeights::add(PackedMatrix& matrix, const Reader& reader, const std::
       bias = std::move(both);
     }
   }
-  source.shape = {.outputs = packed_outputs, .inputs = inputs, .has_minimums = minimums};
+  source.shape = {.outputs = packed_outputs,
+                  .inputs = inputs,
+                  .has_minimums = minimums,
+                  .value_bits = is_exact ? std::size_t{4} : std::size_t{8}};
   source.offset = packed_bytes_;
   packed_bytes_ += rounded_up(source.shape.bytes(), kAlignment) + kAlignment;  // the multiplier is behind it
   matrix.shape = source.shape;

@@ -20,6 +20,13 @@ enum class Epilogue : std::uint8_t {
   kGelu,      // out = gelu(y), by tanh
 };
 
+// Panels [begin, end) of a matrix.
+struct PanelRange {
+  std::size_t begin, end;
+  // What will be multiplied after them, its beginning at least, or nothing: it is fetched into the caches meanwhile.
+  std::span<const std::byte> next = {};
+};
+
 // The inner loops of one instruction set. All do the same to a row, whatever rows are beside it and however panels are
 // split among threads: integer sums are exact, and what is rounded is rounded in one order. No state, no allocation.
 struct Kernels {
@@ -30,11 +37,10 @@ struct Kernels {
   void (*quantize)(const float* values, std::size_t columns, std::size_t stride, std::size_t rows,
                    const QuantizedRows& out, std::size_t first_row) noexcept;
 
-  // Multiplies `rows` rows with the panels [first_panel, last_panel) of a matrix. out[row × stride + output]; with a
-  // gate, half as many outputs a row. Outputs past the matrix's own are not written.
-  void (*multiply)(const PackedMatrix& matrix, std::size_t first_panel, std::size_t last_panel,
-                   const QuantizedRows& input, std::size_t rows, Epilogue epilogue, float* out,
-                   std::size_t stride) noexcept;
+  // Multiplies `rows` rows with some panels of a matrix. out[row × stride + output]; with a gate, half as many outputs
+  // a row. Outputs past the matrix's own are not written.
+  void (*multiply)(const PackedMatrix& matrix, const PanelRange& panels, const QuantizedRows& input, std::size_t rows,
+                   Epilogue epilogue, float* out, std::size_t stride) noexcept;
 
   // See attention.hpp.
   void (*store_kv)(const AttentionShape& shape, const KvLayer& cache, std::int64_t slot, const float* key,

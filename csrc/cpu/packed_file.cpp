@@ -1,7 +1,6 @@
 #include "cpu/packed_file.hpp"
 
 #include <fcntl.h>
-#include <sys/mman.h>
 #include <sys/random.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -16,9 +15,7 @@
 #include <cstring>
 #include <ctime>
 #include <limits>
-#include <new>
 #include <string>
-#include <tuple>
 #include <type_traits>
 #include <utility>
 
@@ -26,9 +23,6 @@
 
 namespace rts::cpu {
 namespace {
-
-// Since Linux 5.14; C libraries before 2022 do not name it.
-constexpr int kMadvPopulateRead = 22;
 
 // Eight sums side by side, of every eighth word each. Whatever the sum was, two different words lead to two different
 // sums, so a change within 64 bytes that begin at a multiple of 64 is always found; any other, swapped blocks among
@@ -44,10 +38,10 @@ Checksum add(Checksum sums, const std::byte* bytes) noexcept {
   return sums;
 }
 
-// 24 GB/s on one core from its cache, so memory decides.
-Checksum checksum(std::span<const std::byte> bytes) noexcept {
-  Checksum sums{};
+// Of `bytes` behind others, of which there was a multiple of 64. 24 GB/s on one core from its cache.
+Checksum checksum(std::span<const std::byte> bytes, Checksum sums = {}) noexcept {
   for (; bytes.size() >= sizeof sums; bytes = bytes.subspan(sizeof sums)) sums = add(sums, bytes.data());
+  if (bytes.empty()) return sums;
   std::array<std::byte, sizeof sums> rest{};
   std::copy(bytes.begin(), bytes.end(), rest.begin());
   return add(sums, rest.data());
@@ -66,20 +60,43 @@ struct Header {
 static_assert(sizeof(Header) == 104 && std::has_unique_object_representations_v<Header>);
 
 constexpr std::size_t kPayloadOffset = 4096;
+constexpr std::size_t kPieceBytes = 256 << 10;  // read at once: what the second-level cache holds for the checksum
 constexpr std::size_t kMostPayloadBytes = std::numeric_limits<std::int64_t>::max() - kPayloadOffset;
 
 std::error_code error_code(int error) noexcept {
   return {error, std::generic_category()};
 }
 
-// Writing mapped memory for which the disk has no room kills (SIGBUS). File systems that copy on write may still run
-// out of it.
+// So that a full disk is known before the work is done. File systems that copy on write may still run out of room.
 std::error_code allocate(int fd, std::size_t size) noexcept {
   int error = 0;
   do {
     error = ::posix_fallocate(fd, 0, static_cast<off_t>(size));
   } while (error == EINTR);
   return error_code(error);
+}
+
+// Whether all of it could be had.
+bool read_all(int fd, std::span<std::byte> to, std::size_t offset) noexcept {
+  while (!to.empty()) {
+    const ssize_t count = ::pread(fd, to.data(), to.size(), static_cast<off_t>(offset));
+    if (count < 0 && errno == EINTR) continue;
+    if (count <= 0) return false;
+    to = to.subspan(static_cast<std::size_t>(count));
+    offset += static_cast<std::size_t>(count);
+  }
+  return true;
+}
+
+std::error_code write_all(int fd, std::span<const std::byte> from, std::size_t offset) noexcept {
+  while (!from.empty()) {
+    const ssize_t count = ::pwrite(fd, from.data(), from.size(), static_cast<off_t>(offset));
+    if (count < 0 && errno != EINTR) return error_code(errno);
+    if (count <= 0) continue;
+    from = from.subspan(static_cast<std::size_t>(count));
+    offset += static_cast<std::size_t>(count);
+  }
+  return {};
 }
 
 // A new file beside `target`, removed with this object unless it has replaced the target.
@@ -156,73 +173,50 @@ PackedKey PackedKey::of(std::string_view description) noexcept {
   return {siphash128(SipKey{}, std::as_bytes(std::span(description)))};
 }
 
-void PackedFile::Unmap::operator()(std::byte* memory) const noexcept {
-  ::munmap(memory, size);
-}
-
-PackedFile::PackedFile(Mapping mapping, std::span<const std::byte> payload) noexcept
-    : mapping_(std::move(mapping)), payload_(payload) {}
-
-// None, and errno, where that fails. Huge pages are filled and mapped faster (150 MB in 58 ms and not in 76), and not
-// all file systems have them.
-PackedFile::Mapping PackedFile::map(std::size_t size, int protection, int flags, int fd) noexcept {
-  void* const memory = ::mmap(nullptr, size, protection, flags, fd, 0);
-  if (memory == MAP_FAILED) return Mapping(nullptr, Unmap{size});
-  ::madvise(memory, size, MADV_HUGEPAGE);
-  return Mapping(static_cast<std::byte*>(memory), Unmap{size});
-}
-
 std::optional<PackedFile> PackedFile::open(const std::filesystem::path& path, const PackedKey& key,
-                                           std::size_t payload_bytes) noexcept {
+                                           std::size_t payload_bytes) {
   if (payload_bytes > kMostPayloadBytes) return std::nullopt;
-  const std::size_t size = kPayloadOffset + payload_bytes;
   // Without O_NONBLOCK, opening a FIFO would wait for a writer.
   const FileDescriptor file(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK));
   struct stat status{};
   if (file.get() < 0 || ::fstat(file.get(), &status) != 0 || !S_ISREG(status.st_mode)) return std::nullopt;
-  if (static_cast<std::uint64_t>(status.st_size) != size) return std::nullopt;
+  if (static_cast<std::uint64_t>(status.st_size) != kPayloadOffset + payload_bytes) return std::nullopt;
 
   Header header;
-  if (::pread(file.get(), &header, sizeof header, 0) != sizeof header) return std::nullopt;
+  if (!read_all(file.get(), std::as_writable_bytes(std::span(&header, 1)), 0)) return std::nullopt;
   if (header != Header{.key = key, .payload_bytes = payload_bytes, .checksum = header.checksum}) return std::nullopt;
 
-  Mapping mapping = map(size, PROT_READ, MAP_SHARED, file.get());
-  if (mapping == nullptr) return std::nullopt;
-  // Reads what is not in the page cache, in large pieces, and says where that fails instead of killing us.
-  if (::madvise(mapping.get(), size, kMadvPopulateRead) != 0 && errno != EINVAL) return std::nullopt;
-  const std::span<const std::byte> payload(mapping.get() + kPayloadOffset, payload_bytes);
-  if (checksum(payload) != header.checksum) return std::nullopt;
-  return PackedFile(std::move(mapping), payload);
+  PackedFile opened(payload_bytes);
+  Checksum sums{};
+  for (std::size_t at = 0; at < payload_bytes; at += kPieceBytes) {
+    const std::span<std::byte> piece = opened.memory_.bytes().subspan(at, std::min(kPieceBytes, payload_bytes - at));
+    if (!read_all(file.get(), piece, kPayloadOffset + at)) return std::nullopt;
+    sums = checksum(piece, sums);
+  }
+  if (sums != header.checksum) return std::nullopt;
+  return opened;
 }
 
 std::variant<PackedFile, std::error_code> PackedFile::create(const std::filesystem::path& path, const PackedKey& key,
                                                              std::size_t payload_bytes, const Fill& fill) {
   if (payload_bytes > kMostPayloadBytes) return error_code(EFBIG);
-  const std::size_t size = kPayloadOffset + payload_bytes;
   TemporaryFile file(path);
   if (file.error()) return file.error();
-  if (const std::error_code error = allocate(file.fd(), size)) return error;
-  Mapping mapping = map(size, PROT_READ | PROT_WRITE, MAP_SHARED, file.fd());
-  if (mapping == nullptr) return error_code(errno);
+  if (const std::error_code error = allocate(file.fd(), kPayloadOffset + payload_bytes)) return error;
 
-  const std::span<std::byte> payload(mapping.get() + kPayloadOffset, payload_bytes);
-  fill(payload);
-  const Header header{.key = key, .payload_bytes = payload_bytes, .checksum = checksum(payload)};
-  std::memcpy(mapping.get(), &header, sizeof header);
-
-  // Waits for the disk, whose errors show nowhere else.
-  if (::mprotect(mapping.get(), size, PROT_READ) != 0 || ::fsync(file.fd()) != 0) return error_code(errno);
+  PackedFile made = in_memory(payload_bytes, fill);
+  const Header header{.key = key, .payload_bytes = payload_bytes, .checksum = checksum(made.bytes())};
+  if (const std::error_code error = write_all(file.fd(), made.bytes(), kPayloadOffset)) return error;
+  if (const std::error_code error = write_all(file.fd(), std::as_bytes(std::span(&header, 1)), 0)) return error;
+  // Not waited for the disk: what it loses, the checksum finds.
   if (const std::error_code error = file.replace_target()) return error;
-  return PackedFile(std::move(mapping), payload);
+  return made;
 }
 
 PackedFile PackedFile::in_memory(std::size_t payload_bytes, const Fill& fill) {
-  const std::size_t size = std::max<std::size_t>(payload_bytes, 1);
-  Mapping mapping = map(size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
-  if (mapping == nullptr) throw std::bad_alloc();
-  const std::span<std::byte> payload(mapping.get(), payload_bytes);
-  fill(payload);
-  return PackedFile(std::move(mapping), payload);
+  PackedFile made(payload_bytes);
+  fill(made.memory_.bytes());
+  return made;
 }
 
 }  // namespace rts::cpu

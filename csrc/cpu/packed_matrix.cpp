@@ -15,24 +15,17 @@ namespace rts::cpu {
 namespace {
 
 using GroupValues = std::array<std::int8_t, kGroup>;
+using FourBitValues = std::array<std::uint8_t, kGroup>;
+constexpr std::uint8_t kFourBitZero = 8;
 
 // A group of a 4-bit type: scale × q + minimum, q in 0..15.
 struct FourBitGroup {
   float scale;
   float minimum;
-  std::array<std::uint8_t, kGroup> quants;
+  FourBitValues quants;
 
-  // Of the integers less 8, whose transform is not normalised.
-  float packed_scale() const { return scale * kRotationNorm; }
+  // Of the integers less 8.
   float packed_minimum() const { return minimum + 8.0F * scale; }
-  GroupValues packed_values() const {
-    std::array<std::int16_t, kGroup> wide;
-    for (std::size_t i = 0; i < kGroup; ++i) wide[i] = static_cast<std::int16_t>(quants[i] - 8);
-    for (std::size_t i = 0; i < kGroup; i += kRotation) rotate(wide.data() + i);
-    GroupValues values;
-    for (std::size_t i = 0; i < kGroup; ++i) values[i] = static_cast<std::int8_t>(wide[i]);
-    return values;
-  }
 };
 
 // The blocks as gguf_types.cpp describes them.
@@ -56,8 +49,8 @@ struct BlockQ4_K {
 };
 static_assert(sizeof(BlockQ4_0) == 18 && sizeof(BlockQ4_1) == 20 && sizeof(BlockQ4_K) == 144);
 
-std::array<std::uint8_t, kGroup> unpack_halves(const std::uint8_t (&pairs)[kGroup / 2]) {
-  std::array<std::uint8_t, kGroup> quants;
+FourBitValues unpack_halves(const std::uint8_t (&pairs)[kGroup / 2]) {
+  FourBitValues quants;
   for (std::size_t i = 0; i < kGroup / 2; ++i) {
     quants[i] = pairs[i] & 15;
     quants[i + kGroup / 2] = static_cast<std::uint8_t>(pairs[i] >> 4);
@@ -124,26 +117,45 @@ void dequantize_row(const StoredRows& rows, std::size_t row, float* out) {
 class PanelColumn {
  public:
   PanelColumn(const MatrixShape& shape, std::byte* panel, std::size_t output)
-      : group_bytes_(shape.group_bytes()), panel_(panel), output_(output) {}
+      : shape_(shape), panel_(panel), output_(output) {}
 
   void set_values(std::size_t group, const GroupValues& values) {
-    constexpr std::size_t kQuad = 4;
     std::array<std::uint8_t, kGroup> stored;
     for (std::size_t i = 0; i < kGroup; ++i) stored[i] = static_cast<std::uint8_t>(values[i] + int{kBias});
     for (std::size_t i = 0; i < kGroup; i += kQuad) {
       std::memcpy(at(group) + i * kPanelOutputs + output_ * kQuad, stored.data() + i, kQuad);
     }
   }
-  void set_scale(std::size_t group, std::uint16_t half) { set_half(at(group) + kGroup * kPanelOutputs, half); }
-  void set_minimum(std::size_t group, std::uint16_t half) { set_half(at(group) + (kGroup + 2) * kPanelOutputs, half); }
+  void set_four_bits(std::size_t group, const FourBitValues& values) {
+    std::byte* const vector = at(group) + output_ / kLanes * kLanes * kGroup / 2;
+    for (std::size_t i = 0; i < kGroup / 2; ++i) {
+      vector[i / kQuad * kQuad * kLanes + output_ % kLanes * kQuad + i % kQuad] =
+          static_cast<std::byte>(values[i] | values[i + kGroup / 2] << 4);
+    }
+  }
+  void set_scale(std::size_t group, std::uint16_t half) { set_half(at(group) + shape_.value_bytes(), half); }
+  void set_minimum(std::size_t group, std::uint16_t half) {
+    set_half(at(group) + shape_.value_bytes() + kPanelOutputs * sizeof half, half);
+  }
+  void set_zero(std::size_t group) {
+    if (shape_.value_bits == 4) {
+      FourBitValues zeros;
+      zeros.fill(kFourBitZero);
+      set_four_bits(group, zeros);
+    } else {
+      set_values(group, {});
+    }
+    set_scale(group, 0);
+    if (shape_.has_minimums) set_minimum(group, 0);
+  }
 
  private:
-  std::byte* at(std::size_t group) const { return panel_ + group * group_bytes_; }
+  std::byte* at(std::size_t group) const { return panel_ + group * shape_.group_bytes(); }
   void set_half(std::byte* halves, std::uint16_t half) {
     std::memcpy(halves + output_ * sizeof half, &half, sizeof half);
   }
 
-  std::size_t group_bytes_;
+  const MatrixShape& shape_;
   std::byte* panel_;
   std::size_t output_;
 };
@@ -151,12 +163,9 @@ class PanelColumn {
 // Quantizes a group with the scale as half precision has it; returns that.
 std::uint16_t quantize_group(const std::array<float, kGroup>& from, float multiplier, GroupValues& values) {
   std::array<float, kGroup> rotated = from;
-  for (std::size_t i = 0; i < kGroup; i += kRotation) rotate(rotated.data() + i);
+  rotate(rotated.data());
   std::int32_t largest_bits = 0;
-  for (float& value : rotated) {
-    value *= kRotationNorm;
-    largest_bits = std::max(largest_bits, magnitude_bits(value));
-  }
+  for (const float value : rotated) largest_bits = std::max(largest_bits, magnitude_bits(value));
   const std::uint16_t scale = to_half(std::bit_cast<float>(largest_bits) / kLargestValue / multiplier);
   const float inverse = inverse_or_zero(from_half(scale) * multiplier);
   for (std::size_t i = 0; i < kGroup; ++i) {
@@ -178,13 +187,12 @@ bool has_minimums(const GgufTensorType& type) noexcept {
 float largest_scale(const StoredRows& rows, std::span<const std::size_t> row_numbers) {
   std::int32_t largest_bits = 0;
   const auto look_at = [&](float value) { largest_bits = std::max(largest_bits, magnitude_bits(value)); };
-  // A rotated value is at most a quarter of the sum of 16.
-  const float bound = packs_exactly(*rows.type) ? 1.0F : kRotationNorm * kRotation;
+  const float bound = packs_exactly(*rows.type) ? 1.0F : kRotation;  // a rotated value is a sum of so many
   std::vector<float> values(packs_exactly(*rows.type) ? 0 : rows.columns);
   for (const std::size_t row : row_numbers) {
     if (packs_exactly(*rows.type)) {
       visit_four_bit_groups(rows, row, [&](std::size_t, const FourBitGroup& group) {
-        look_at(group.packed_scale());
+        look_at(group.scale);
         look_at(group.packed_minimum());
       });
     } else {
@@ -210,15 +218,11 @@ void pack_panel(const StoredRows& rows, std::span<const std::size_t> row_numbers
   for (std::size_t output = 0; output < kPanelOutputs; ++output) {
     PanelColumn column(shape, panel, output);
     if (output >= row_numbers.size()) {
-      for (std::size_t group = 0; group < shape.groups(); ++group) {
-        column.set_values(group, {});
-        column.set_scale(group, 0);
-        if (shape.has_minimums) column.set_minimum(group, 0);
-      }
+      for (std::size_t group = 0; group < shape.groups(); ++group) column.set_zero(group);
     } else if (packs_exactly(*rows.type)) {
       visit_four_bit_groups(rows, row_numbers[output], [&](std::size_t number, const FourBitGroup& group) {
-        column.set_values(number, group.packed_values());
-        column.set_scale(number, to_half(group.packed_scale() / multiplier));
+        column.set_four_bits(number, group.quants);
+        column.set_scale(number, to_half(group.scale / multiplier));
         if (shape.has_minimums) column.set_minimum(number, to_half(group.packed_minimum() / multiplier));
       });
     } else {

@@ -6,38 +6,44 @@
 
 #include "rts/gguf_types.hpp"
 
-// A weight matrix as the kernels read it: 8-bit integers, a scale for every 32 neighbours along the inputs, in the
-// basis that activations are rotated to before they are quantized.
+// A weight matrix as the kernels read it: integers, a scale for every 32 neighbours along the inputs, in the basis that
+// activations are rotated to before they are quantized.
 //
-// The rotation is the Walsh-Hadamard transform of each 16 neighbouring inputs. It spreads an outlier among the
-// activations over 16 of them, which takes two thirds of the error out of 8-bit activations (SmolLM2-135M, one scale
-// per 32: mean KL 0.0057 without, 0.0019 with it), and of 4-bit weights it makes integers of 8 bits without any loss: a
-// sum of 16 values from -8 to 7 with signs lies in -128..120.
+// The rotation is the Walsh-Hadamard transform of 8 of a group's inputs, 4 apart. It spreads an outlier among the
+// activations over 8 of them, which takes two thirds of the error out of 8-bit activations (SmolLM2-135M, one scale
+// per 32: mean KL 0.0057 without, 0.0019 with it). 4-bit weights are stored as they are, and rotated where they are
+// used: that makes integers of 8 bits without any loss, a sum of 8 values from -8 to 7 with signs.
 namespace rts::cpu {
 
-inline constexpr std::size_t kGroup = 32;         // inputs that share a scale
-inline constexpr std::size_t kRotation = 16;      // inputs that are rotated together
-inline constexpr std::size_t kLanes = 16;         // outputs side by side in a vector
-inline constexpr std::size_t kPanelOutputs = 32;  // outputs of a panel, the unit of work: two vectors
-inline constexpr std::size_t kBias = 128;         // what is added to a value, so that it is stored unsigned
+inline constexpr std::size_t kGroup = 32;          // inputs that share a scale
+inline constexpr std::size_t kRotation = 8;        // inputs that are rotated together
+inline constexpr std::size_t kRotationStride = 4;  // how far apart they are
+inline constexpr std::size_t kQuad = 4;            // neighbouring inputs that are multiplied at once
+inline constexpr std::size_t kLanes = 16;          // outputs side by side in a vector
+inline constexpr std::size_t kPanelOutputs = 32;   // outputs of a panel, the unit of work: two vectors
+inline constexpr std::size_t kBias = 128;          // what is added to an 8-bit value, so that it is stored unsigned
 
 struct MatrixShape {
   std::size_t outputs = 0;
   std::size_t inputs = 0;
   bool has_minimums = false;
+  std::size_t value_bits = 8;
 
   std::size_t groups() const { return (inputs + kGroup - 1) / kGroup; }
   std::size_t panels() const { return (outputs + kPanelOutputs - 1) / kPanelOutputs; }
-  // [group]: values [kGroup / 4][kPanelOutputs][4] of one byte, then scales and, where there are, minimums,
-  // [kPanelOutputs] each, of IEEE half precision.
-  constexpr std::size_t group_bytes() const { return kPanelOutputs * (kGroup + 2 + (has_minimums ? 2 : 0)); }
+  // [group]: values, then scales and, where there are, minimums, [kPanelOutputs] each, of IEEE half precision.
+  // Values of 8 bits are [kGroup / kQuad][kPanelOutputs][kQuad], rotated. Those of 4 bits, 8 more than they are, are
+  // [kPanelOutputs / kLanes][kGroup / kQuad / 2][kLanes][kQuad]: of each pair of quads that are half a group apart, the
+  // first is in the lower halves of the bytes.
+  constexpr std::size_t value_bytes() const { return kPanelOutputs * kGroup * value_bits / 8; }
+  constexpr std::size_t group_bytes() const { return value_bytes() + kPanelOutputs * (has_minimums ? 4 : 2); }
   std::size_t panel_bytes() const { return groups() * group_bytes(); }
   std::size_t bytes() const { return panels() * panel_bytes(); }
 };
 
-// With q a value less kBias, s a scale, m a minimum, x the input and Rx the rotated input:
+// With q a rotated value, s a scale, m a minimum, x the input and Rx the rotated input over kRotation:
 //   y[output] = multiplier × Σ over groups of ( s × Σ q Rx  +  m × Σ x ).
-// What lies past the outputs or inputs in the last panel or group is zero (a value of kBias). It owns no memory.
+// What lies past the outputs or inputs in the last panel or group is zero. It owns no memory.
 struct PackedMatrix {
   MatrixShape shape;
   const std::byte* bytes = nullptr;  // [panels][panel_bytes], at a multiple of 64

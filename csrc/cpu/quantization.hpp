@@ -9,24 +9,28 @@
 // All of internal linkage: the linker must not choose one instruction set's copy for another.
 namespace rts::cpu {
 
-// The Walsh-Hadamard transform of kRotation neighbours, not normalised: out[i] = Σ (-1)^popcount(i & j) in[j]. Halves
-// that are interleaved four times are back in order, and compilers make vectors of it. The kernels of every instruction
-// set add in this order, so they agree to the bit.
-template <typename Number>
-static inline void rotate(Number* values) noexcept {
-  constexpr std::size_t kHalf = kRotation / 2;
-  for (int stage = 0; stage < std::countr_zero(kRotation); ++stage) {
-    Number turned[kRotation];
-    for (std::size_t i = 0; i < kHalf; ++i) {
-      turned[2 * i] = static_cast<Number>(values[i] + values[i + kHalf]);
-      turned[2 * i + 1] = static_cast<Number>(values[i] - values[i + kHalf]);
+// Sums and differences of the values of a group that are kDistance apart.
+template <std::size_t kDistance, typename Number>
+static inline void butterflies(Number* group) noexcept {
+  for (std::size_t first = 0; first < kGroup; first += 2 * kDistance) {
+    for (std::size_t i = first; i < first + kDistance; ++i) {
+      const Number a = group[i], b = group[i + kDistance];
+      group[i] = a + b;
+      group[i + kDistance] = a - b;
     }
-    for (std::size_t i = 0; i < kRotation; ++i) values[i] = turned[i];
   }
 }
 
-// What makes the transform orthonormal.
-inline constexpr float kRotationNorm = 0.25F;
+// The Walsh-Hadamard transform of each kRotation values of a group, kRotationStride apart; not normalised:
+// out[kRotationStride i + k] = Σ over j of (-1)^popcount(i & j) in[kRotationStride j + k]. The kernels of every
+// instruction set add in this order, so they agree to the bit.
+template <typename Number>
+static inline void rotate(Number* group) noexcept {
+  butterflies<4 * kRotationStride>(group);
+  butterflies<2 * kRotationStride>(group);
+  butterflies<kRotationStride>(group);
+}
+static_assert(kRotation == 8);
 
 // The nearest integer, ties to even, of what is less than 2^22. Unlike std::lrint it becomes vector code everywhere.
 static inline std::int32_t nearest(float value) noexcept {

@@ -25,16 +25,16 @@ static void quantize_rows(const float* values, std::size_t columns, std::size_t 
       float rotated[kGroup] = {};
       std::copy_n(from + first, std::min(kGroup, columns - first), rotated);
       rotate(rotated);
-      rotate(rotated + kRotation);
-      // The first of the transform is the sum of all.
-      out.sums[at + group] = rotated[0] + rotated[kRotation];
+      // The first of a transform is the sum of all.
+      static_assert(kRotationStride == 4);
+      out.sums[at + group] = (rotated[0] + rotated[1]) + (rotated[2] + rotated[3]);
 
       std::int32_t largest_bits = 0;
       for (const float value : rotated) largest_bits = std::max(largest_bits, magnitude_bits(value));
       const float largest = std::bit_cast<float>(largest_bits);
       const bool is_finite = largest_bits < kInfinity;
       out.scales[at + group] =
-          is_finite ? largest * (kRotationNorm / kLargestValue) : std::numeric_limits<float>::quiet_NaN();
+          is_finite ? largest * (1.0F / (kRotation * kLargestValue)) : std::numeric_limits<float>::quiet_NaN();
 
       const float inverse = kLargestValue * inverse_or_zero(largest);
       std::int32_t sum = 0;

@@ -12,7 +12,7 @@ namespace rts::cpu {
 struct QuantizedRows {
   std::size_t inputs = 0;               // a multiple of kGroup
   std::int8_t* values = nullptr;        // [rows][inputs], in -127..127
-  float* scales = nullptr;              // [rows][groups]: the largest magnitude / 127
+  float* scales = nullptr;              // [rows][groups]: the largest magnitude / 127 / kRotation
   std::int32_t* corrections = nullptr;  // [rows][groups]: -kBias × the sum of the group's values
   float* sums = nullptr;                // [rows][groups]: the sum of the group's inputs, neither rotated nor quantized
 

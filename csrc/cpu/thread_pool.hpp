@@ -12,8 +12,8 @@
 namespace rts::cpu {
 
 // Threads that run one function side by side, for steps of a millisecond or so within which they meet a hundred times.
-// Whoever waits spins for a bounded time, then sleeps on a futex: an idle pool costs nothing, and a pool that has lost
-// a processor to another process soon leaves the rest of the machine to it. The caller is one of the threads.
+// Whoever waits spins for a bounded time, giving way to who else wants the processor, then sleeps on a futex: an idle
+// pool costs nothing. The caller is one of the threads.
 //
 // All waiting is at one barrier. Workers wait there for work, run() meets them before the work and after it, and
 // wait_for_all() is a meeting like these. Every thread comes to each, so the count of arrivals alone tells which one is
@@ -42,7 +42,7 @@ class ThreadPool {
   void wait_for_work() noexcept;
   std::uint64_t arrive() noexcept;
   bool have_come(std::uint64_t arrivals) const noexcept;
-  bool spin(std::uint64_t arrivals) const noexcept;
+  void wait(std::uint64_t arrivals) noexcept;
   void sleep(std::uint64_t arrivals) noexcept;
   void stop() noexcept;
 

@@ -29,7 +29,7 @@ class EachKernels : public ::testing::TestWithParam<const Kernels*> {
     const PackedMatrix matrix = weights.packed();
     const std::size_t outputs = outputs_of(matrix, epilogue);
     if (out.empty()) out.resize(rows * outputs);
-    kernels().multiply(matrix, 0, matrix.shape.panels(), activations.rows(), rows, epilogue, out.data(), outputs);
+    kernels().multiply(matrix, {0, matrix.shape.panels()}, activations.rows(), rows, epilogue, out.data(), outputs);
     return out;
   }
   static std::size_t outputs_of(const PackedMatrix& matrix, Epilogue epilogue) {
@@ -171,9 +171,9 @@ TEST_P(EachKernels, PanelsMayBeSplitAnyhow) {
   const std::vector<float> expected = multiply(weights, activations, kRows);
   for (std::size_t split = 0; split <= matrix.shape.panels(); ++split) {
     std::vector<float> out(kRows * kOutputs);
-    kernels().multiply(matrix, split, matrix.shape.panels(), activations.rows(), kRows, Epilogue::kStore, out.data(),
-                       kOutputs);
-    kernels().multiply(matrix, 0, split, activations.rows(), kRows, Epilogue::kStore, out.data(), kOutputs);
+    kernels().multiply(matrix, {split, matrix.shape.panels(), {matrix.bytes, 100}}, activations.rows(), kRows,
+                       Epilogue::kStore, out.data(), kOutputs);
+    kernels().multiply(matrix, {0, split}, activations.rows(), kRows, Epilogue::kStore, out.data(), kOutputs);
     EXPECT_EQ(std::memcmp(out.data(), expected.data(), out.size() * sizeof(float)), 0) << split;
   }
 }
@@ -186,7 +186,7 @@ TEST_P(EachKernels, AgreesWithThePortableOnes) {
     activations.quantize(kernels(), random_rows(shape.rows, shape.inputs), shape.inputs);
     const std::vector<float> out = multiply(weights, activations, shape.rows);
     std::vector<float> expected(out.size());
-    available_kernels().back()->multiply(matrix, 0, matrix.shape.panels(), activations.rows(), shape.rows,
+    available_kernels().back()->multiply(matrix, {0, matrix.shape.panels()}, activations.rows(), shape.rows,
                                          Epilogue::kStore, expected.data(), shape.outputs);
     for (std::size_t row = 0; row < shape.rows; ++row) {
       double norm = 0;
@@ -283,7 +283,7 @@ TEST_P(EachKernels, WritesItsOutputsOnly) {
          {Epilogue::kStore, Epilogue::kAdd, Epilogue::kGelu, Epilogue::kSiluGate, Epilogue::kGeluGate}) {
       if (outputs_of(weights.packed(), epilogue) != outputs && outputs % kPanelOutputs != 0) continue;
       std::vector<float> out(kRows * kStride, kUntouched);
-      kernels().multiply(weights.packed(), 0, weights.shape.panels(), activations.rows(), kRows, epilogue, out.data(),
+      kernels().multiply(weights.packed(), {0, weights.shape.panels()}, activations.rows(), kRows, epilogue, out.data(),
                          kStride);
       for (std::size_t i = 0; i < out.size(); ++i) {
         const bool is_output = i % kStride < outputs_of(weights.packed(), epilogue);
@@ -298,8 +298,8 @@ TEST_P(EachKernels, NoRowsAndNoPanelsAreNoWork) {
   Activations activations(1, 64);
   activations.quantize(kernels(), random_rows(1, 64), 64);
   float out = 1;
-  kernels().multiply(weights.packed(), 0, 2, activations.rows(), 0, Epilogue::kStore, &out, 64);
-  kernels().multiply(weights.packed(), 1, 1, activations.rows(), 1, Epilogue::kStore, &out, 64);
+  kernels().multiply(weights.packed(), {0, 2}, activations.rows(), 0, Epilogue::kStore, &out, 64);
+  kernels().multiply(weights.packed(), {1, 1}, activations.rows(), 1, Epilogue::kStore, &out, 64);
   EXPECT_EQ(out, 1);
 }
 

@@ -240,7 +240,7 @@ TEST_F(PackedFileTest, AFileOfAnotherLengthIsNotOpened) {
   EXPECT_TRUE(open());
 }
 
-TEST_F(PackedFileTest, AFileThatIsReplacedStaysMapped) {
+TEST_F(PackedFileTest, WhatWasOpenedOutlivesTheFile) {
   const auto first = create(content_of(1));
   const auto opened = open();
   const auto second = create(content_of(2));
@@ -249,6 +249,9 @@ TEST_F(PackedFileTest, AFileThatIsReplacedStaysMapped) {
   EXPECT_TRUE(holds_content_of(std::get<PackedFile>(first), 1));
   EXPECT_TRUE(holds_content_of(std::get<PackedFile>(second), 2));
   EXPECT_TRUE(holds_content_of(open().value(), 2));
+  fs::resize_file(path_, kPage);
+  EXPECT_TRUE(holds_content_of(*opened, 1));
+  EXPECT_TRUE(holds_content_of(std::get<PackedFile>(second), 2));
 }
 
 TEST_F(PackedFileTest, ConcurrentCreatesLeaveOneValidFile) {
@@ -406,7 +409,7 @@ TEST_F(PackedFileTest, TheDiskHasReservedTheRoomThatFillWritesTo) {
   EXPECT_GE(static_cast<std::size_t>(status.st_blocks) * kBlock, kPage + kPayloadBytes);
 }
 
-// Where there is no room, that shows before anything is mapped: fill is not called, and nobody is killed.
+// Where there is no room, that shows before the work is done.
 TEST_F(PackedFileTest, NoRoomIsAnError) {
   bool filled = false;
   const auto fill = [&](std::span<std::byte>) { filled = true; };

@@ -87,10 +87,18 @@ inline StoredMatrix random_matrix(GgufTypeId id, std::size_t rows, std::size_t c
   return matrix;
 }
 
+// Of the transform's coefficient of two inputs of a group that are rotated together.
+inline bool is_negative(std::size_t i, std::size_t j) {
+  return std::popcount((i / cpu::kRotationStride) & (j / cpu::kRotationStride)) % 2 != 0;
+}
+
 // A packed matrix with its memory.
 struct PackedWeights {
   explicit PackedWeights(const StoredMatrix& matrix) {
-    shape = {.outputs = matrix.rows, .inputs = matrix.columns, .has_minimums = cpu::has_minimums(*matrix.type)};
+    shape = {.outputs = matrix.rows,
+             .inputs = matrix.columns,
+             .has_minimums = cpu::has_minimums(*matrix.type),
+             .value_bits = cpu::packs_exactly(*matrix.type) ? std::size_t{4} : std::size_t{8}};
     std::vector<std::size_t> numbers(matrix.rows);
     std::iota(numbers.begin(), numbers.end(), std::size_t{0});
     multiplier = cpu::multiplier_for(cpu::largest_scale(matrix.stored(), numbers));
@@ -108,11 +116,20 @@ struct PackedWeights {
     return {.shape = shape, .bytes = data(), .multiplier = multiplier, .bias = bias.empty() ? nullptr : bias.data()};
   }
 
-  // Also of outputs and inputs that are padding.
+  // Rotated. Also of outputs and inputs that are padding.
   int value(std::size_t output, std::size_t input) const {
     const std::byte* const group = group_at(output, input / cpu::kGroup);
-    const std::size_t i = input % cpu::kGroup, lane = output % cpu::kPanelOutputs;
-    return static_cast<int>(group[i / 4 * 4 * cpu::kPanelOutputs + lane * 4 + i % 4]) - static_cast<int>(cpu::kBias);
+    const std::size_t i = input % cpu::kGroup;
+    if (shape.value_bits == 8) {
+      const std::size_t lane = output % cpu::kPanelOutputs;
+      return static_cast<int>(group[i / 4 * 4 * cpu::kPanelOutputs + lane * 4 + i % 4]) - static_cast<int>(cpu::kBias);
+    }
+    int sum = 0;
+    for (std::size_t j = i % cpu::kRotationStride; j < cpu::kGroup; j += cpu::kRotationStride) {
+      const int four_bits = four_bits_of(group, output % cpu::kPanelOutputs, j) - 8;
+      sum += is_negative(i, j) ? -four_bits : four_bits;
+    }
+    return sum;
   }
   // With the multiplier.
   double scale(std::size_t output, std::size_t group) const { return half(output, group, 0); }
@@ -135,11 +152,18 @@ struct PackedWeights {
   const std::byte* group_at(std::size_t output, std::size_t group) const {
     return data() + output / cpu::kPanelOutputs * shape.panel_bytes() + group * shape.group_bytes();
   }
+  // As packed_matrix.hpp describes them, 0 to 15.
+  static int four_bits_of(const std::byte* group, std::size_t output, std::size_t input) {
+    const std::size_t quad = input / cpu::kQuad, pair = quad % (cpu::kGroup / cpu::kQuad / 2);
+    const std::size_t vector = output / cpu::kLanes * (cpu::kGroup / cpu::kQuad / 2) + pair;
+    const std::byte both = group[(vector * cpu::kLanes + output % cpu::kLanes) * cpu::kQuad + input % cpu::kQuad];
+    return std::to_integer<int>(quad == pair ? both & std::byte{15} : both >> 4);
+  }
   double half(std::size_t output, std::size_t group, std::size_t which) const {
     std::uint16_t bits;
     std::memcpy(&bits,
-                group_at(output, group) + cpu::kPanelOutputs * (cpu::kGroup + 2 * which) +
-                    output % cpu::kPanelOutputs * sizeof bits,
+                group_at(output, group) + shape.value_bytes() +
+                    (which * cpu::kPanelOutputs + output % cpu::kPanelOutputs) * sizeof bits,
                 sizeof bits);
     return static_cast<double>(from_half(bits)) * multiplier;
   }
@@ -147,15 +171,14 @@ struct PackedWeights {
   std::vector<std::byte> memory;
 };
 
-// The orthonormal transform of each 16 values; what is past the end is zero.
+// The transform, not normalised; what is past the end is zero.
 inline std::vector<double> rotated(std::span<const float> values) {
   const std::size_t size = (values.size() + cpu::kGroup - 1) / cpu::kGroup * cpu::kGroup;
   std::vector<double> out(size);
   for (std::size_t i = 0; i < values.size(); ++i) {
-    const std::size_t first = i / cpu::kRotation * cpu::kRotation;
-    for (std::size_t j = 0; j < cpu::kRotation; ++j) {
-      const bool is_negative = std::popcount((i - first) & j) % 2 != 0;
-      out[first + j] += (is_negative ? -0.25 : 0.25) * static_cast<double>(values[i]);
+    const std::size_t first = i / cpu::kGroup * cpu::kGroup, own = i % cpu::kGroup;
+    for (std::size_t j = own % cpu::kRotationStride; j < cpu::kGroup; j += cpu::kRotationStride) {
+      out[first + j] += (is_negative(own, j) ? -1.0 : 1.0) * static_cast<double>(values[i]);
     }
   }
   return out;

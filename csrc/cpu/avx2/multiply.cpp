@@ -11,13 +11,11 @@ namespace {
 
 constexpr std::size_t kWidth = 8;                         // outputs of a register
 constexpr std::size_t kVectors = kPanelOutputs / kWidth;  // of a panel
-constexpr std::size_t kQuad = 4;
 
 // Products of pairs of 16-bit numbers, which cannot overflow: the bytes of even numbers of a quad and those of odd
 // ones, the weights' without a sign.
 template <std::size_t kRows, bool kHasMinimums>
 void multiply_tile(const Tile& tile, float* sums) noexcept {
-  constexpr std::size_t kGroupBytes = MatrixShape{.has_minimums = kHasMinimums}.group_bytes();
   const QuantizedRows& input = *tile.input;
   const __m256i kEven = _mm256_set1_epi16(0xFF);
   const std::byte* weights = tile.weights;
@@ -72,7 +70,7 @@ void multiply_tile(const Tile& tile, float* sums) noexcept {
         _mm256_store_ps(sum, result);
       }
     }
-    weights += kGroupBytes;
+    weights += tile.group_bytes;
     scales += kPanelOutputs;
     minimums += kPanelOutputs;
   }
@@ -85,10 +83,10 @@ constexpr TileTable kTilesWithMinimums = {.one_panel = kOnePanel<true>, .two_pan
 
 }  // namespace
 
-void multiply(const PackedMatrix& matrix, std::size_t first_panel, std::size_t last_panel, const QuantizedRows& input,
-              std::size_t rows, Epilogue epilogue, float* out, std::size_t stride) noexcept {
+void multiply(const PackedMatrix& matrix, const PanelRange& panels, const QuantizedRows& input, std::size_t rows,
+              Epilogue epilogue, float* out, std::size_t stride) noexcept {
   const TileTable& tiles = matrix.shape.has_minimums ? kTilesWithMinimums : kTiles;
-  PanelMultiplier<Vector16>(tiles, matrix, input, epilogue, out, stride).multiply(first_panel, last_panel, rows);
+  PanelMultiplier<Vector16>(tiles, matrix, input, epilogue, out, stride).multiply(panels, rows);
 }
 
 }  // namespace rts::cpu::avx2

@@ -14,16 +14,14 @@ namespace {
 constexpr std::size_t kBatch = 4;
 
 __m512 alternating(std::size_t run) {
-  const auto mask = static_cast<__mmask16>(run == 8 ? 0xFF00 : run == 4 ? 0xF0F0 : run == 2 ? 0xCCCC : 0xAAAA);
+  const auto mask = static_cast<__mmask16>(run == 8 ? 0xFF00 : 0xF0F0);
   return _mm512_mask_blend_ps(mask, _mm512_set1_ps(1.0F), _mm512_set1_ps(-1.0F));
 }
 
-// kRotation values in one vector: see rotate() in quantization.hpp. A fused product with 1 or -1 is a plain sum.
+// rotate() of quantization.hpp within a vector. A fused product with 1 or -1 is a plain sum.
 __m512 rotated(__m512 x) {
   x = _mm512_fmadd_ps(x, alternating(8), _mm512_shuffle_f32x4(x, x, 0x4E));
-  x = _mm512_fmadd_ps(x, alternating(4), _mm512_shuffle_f32x4(x, x, 0xB1));
-  x = _mm512_fmadd_ps(x, alternating(2), _mm512_permute_ps(x, 0x4E));
-  return _mm512_fmadd_ps(x, alternating(1), _mm512_permute_ps(x, 0xB1));
+  return _mm512_fmadd_ps(x, alternating(4), _mm512_shuffle_f32x4(x, x, 0xB1));
 }
 
 // Reduces each of four vectors to a number.
@@ -60,27 +58,31 @@ void quantize_batch(const Batch& batch, std::size_t count) {
   const std::size_t groups = kIsWhole ? kBatch : (count + kGroup - 1) / kGroup;
   const auto load = [&](std::size_t at) {
     if constexpr (kIsWhole) return _mm512_loadu_ps(batch.from + at);
-    const std::size_t present = std::min(kRotation, count - std::min(at, count));
+    const std::size_t present = std::min(kLanes, count - std::min(at, count));
     return _mm512_maskz_loadu_ps(static_cast<__mmask16>((1U << present) - 1), batch.from + at);
   };
 
   __m512 turned[kBatch][2];
   __m512i magnitudes[kBatch];
-  alignas(16) float sums[kBatch];
   for (std::size_t group = 0; group < kBatch; ++group) {
-    for (std::size_t i = 0; i < 2; ++i) turned[group][i] = rotated(load(group * kGroup + i * kRotation));
-    // The first of the transform is the sum of all.
-    sums[group] = _mm512_cvtss_f32(turned[group][0]) + _mm512_cvtss_f32(turned[group][1]);
+    const __m512 first = load(group * kGroup), second = load(group * kGroup + kLanes);
+    turned[group][0] = rotated(_mm512_add_ps(first, second));
+    turned[group][1] = rotated(_mm512_sub_ps(first, second));
     magnitudes[group] = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(turned[group][0]), magnitude_bits),
                                          _mm512_and_si512(_mm512_castps_si512(turned[group][1]), magnitude_bits));
   }
+  // The first of a transform is the sum of all.
+  static_assert(kRotationStride == 4);
+  const auto stride_sums = [&](std::size_t group) { return _mm512_castps512_ps128(turned[group][0]); };
+  const __m128 sums =
+      _mm_hadd_ps(_mm_hadd_ps(stride_sums(0), stride_sums(1)), _mm_hadd_ps(stride_sums(2), stride_sums(3)));
   // As integers, so that NaN and infinity are the largest.
   const __m128i largest_bits = reduce_lanes(magnitudes, [](__m512i a, __m512i b) { return _mm512_max_epi32(a, b); });
   const __m128 largest = _mm_castsi128_ps(largest_bits);
   const __mmask8 finite = _mm_cmplt_epi32_mask(largest_bits, _mm_set1_epi32(kInfinity));
   const __mmask8 kept = finite & _mm_cmp_ps_mask(largest, _mm_set1_ps(kSmallestInverted), _CMP_GE_OQ);
   const __m128 scales = _mm_mask_mul_ps(_mm_set1_ps(std::numeric_limits<float>::quiet_NaN()), finite, largest,
-                                        _mm_set1_ps(kRotationNorm / kLargestValue));
+                                        _mm_set1_ps(1.0F / (kRotation * kLargestValue)));
   alignas(16) float inverses[kBatch];
   _mm_store_ps(inverses, _mm_mul_ps(_mm_maskz_div_ps(kept, _mm_set1_ps(1.0F), largest), _mm_set1_ps(kLargestValue)));
 
@@ -101,14 +103,14 @@ void quantize_batch(const Batch& batch, std::size_t count) {
   const __m512i first = packed(values[0], values[1]), second = packed(values[2], values[3]);
   if constexpr (kIsWhole) {
     _mm_storeu_ps(batch.scales, scales);
-    _mm_storeu_ps(batch.sums, _mm_load_ps(sums));
+    _mm_storeu_ps(batch.sums, sums);
     _mm_storeu_si128(reinterpret_cast<__m128i*>(batch.corrections), corrections);
     _mm512_storeu_si512(batch.values, first);
     _mm512_storeu_si512(batch.values + 2 * kGroup, second);
   } else {
     const auto present = static_cast<__mmask8>((1U << groups) - 1);
     _mm_mask_storeu_ps(batch.scales, present, scales);
-    _mm_mask_storeu_ps(batch.sums, present, _mm_load_ps(sums));
+    _mm_mask_storeu_ps(batch.sums, present, sums);
     _mm_mask_storeu_epi32(batch.corrections, present, corrections);
     const std::uint64_t quads = (std::uint64_t{1} << groups * kGroup / 4) - 1;  // of values
     _mm512_mask_storeu_epi32(batch.values, static_cast<__mmask16>(quads), first);

@@ -7,12 +7,9 @@
 namespace rts::cpu::portable {
 namespace {
 
-constexpr std::size_t kQuad = 4;
-
 // Every loop is over the panel's outputs, which become vectors.
 template <std::size_t kRows, bool kHasMinimums>
 void multiply_tile(const Tile& tile, float* sums) noexcept {
-  constexpr std::size_t kGroupBytes = MatrixShape{.has_minimums = kHasMinimums}.group_bytes();
   const QuantizedRows& input = *tile.input;
   const std::byte* weights = tile.weights;
   const std::byte* next = tile.next;
@@ -57,7 +54,7 @@ void multiply_tile(const Tile& tile, float* sums) noexcept {
         for (std::size_t output = 0; output < kPanelOutputs; ++output) results[row][output] += minimums[output] * sum;
       }
     }
-    weights += kGroupBytes - kGroup * kPanelOutputs;
+    weights += tile.group_bytes - kGroup * kPanelOutputs;
   }
   std::memcpy(sums, results, sizeof results);
 }
@@ -70,10 +67,10 @@ constexpr TileTable kTilesWithMinimums = {.one_panel = kOnePanel<true>, .two_pan
 
 }  // namespace
 
-void multiply(const PackedMatrix& matrix, std::size_t first_panel, std::size_t last_panel, const QuantizedRows& input,
-              std::size_t rows, Epilogue epilogue, float* out, std::size_t stride) noexcept {
+void multiply(const PackedMatrix& matrix, const PanelRange& panels, const QuantizedRows& input, std::size_t rows,
+              Epilogue epilogue, float* out, std::size_t stride) noexcept {
   const TileTable& tiles = matrix.shape.has_minimums ? kTilesWithMinimums : kTiles;
-  PanelMultiplier<Vector16>(tiles, matrix, input, epilogue, out, stride).multiply(first_panel, last_panel, rows);
+  PanelMultiplier<Vector16>(tiles, matrix, input, epilogue, out, stride).multiply(panels, rows);
 }
 
 }  // namespace rts::cpu::portable

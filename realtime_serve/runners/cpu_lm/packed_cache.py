@@ -16,7 +16,7 @@ from realtime_serve.runners.cpu_lm.families import Decoder
 log = logging.getLogger(__name__)
 
 # Of the packed form, in csrc/cpu/packed_matrix.hpp and decoder_weights.cpp: whoever changes what is written counts up.
-_VERSION = 1
+_VERSION = 2
 _SUFFIX = ".rts-packed"
 
 

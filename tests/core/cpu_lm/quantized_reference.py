@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-_ROTATION, _GROUP = 16, 32
+_ROTATION, _GROUP = 8, 32
 
 
 def quantized(model: PreTrainedModel) -> PreTrainedModel:
@@ -39,12 +39,14 @@ class _QuantizedLinear(nn.Module):
 
 
 def _rotated(x: torch.Tensor) -> torch.Tensor:
-    """Each sixteen neighbours by the Walsh-Hadamard matrix, padded to whole groups."""
+    """Groups, padded to whole ones: the values of each that are as far apart as they can be, by the Walsh-Hadamard
+    matrix."""
     x = nn.functional.pad(x, (0, -x.shape[-1] % _GROUP))
     matrix = torch.ones(1, 1)
     while len(matrix) < _ROTATION:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    return (x.unflatten(-1, (-1, _ROTATION)) @ (matrix / math.sqrt(_ROTATION))).flatten(-2)
+    groups = x.unflatten(-1, (-1, _ROTATION, _GROUP // _ROTATION))
+    return (groups.mT @ (matrix / math.sqrt(_ROTATION))).mT.flatten(-3)
 
 
 def _rounded(x: torch.Tensor) -> torch.Tensor:
