@@ -66,7 +66,7 @@ class Context {
 
   // The last `queries` positions.
   void attend(const Kernels& kernels, std::size_t cache, std::size_t queries) {
-    kernels.attend(kShape, {keys(cache), keys(cache) + numbers_},
+    kernels.attend(kShape, {keys(cache), keys(cache) + numbers_, kBlockPositions * kShape.head_dim},
                    {.block_table = table_.data(),
                     .kv_head = 0,
                     .first_position = length_ - queries,

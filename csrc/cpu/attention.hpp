@@ -20,8 +20,9 @@ struct AttentionShape {
 // has a number of sixteen positions; its values are [kv_heads][kBlockPositions][head_dim]. It owns no memory.
 template <typename Number>
 struct KvLayerOf {
-  Number* keys = nullptr;
-  Number* values = nullptr;
+  Number* keys = nullptr;        // of the first block
+  Number* values = nullptr;      // of the first block
+  std::size_t block_stride = 0;  // numbers from a block's keys to the next one's, and from values to values
 };
 using KvLayer = KvLayerOf<std::uint16_t>;  // IEEE half precision
 using KvLayerFloat = KvLayerOf<float>;

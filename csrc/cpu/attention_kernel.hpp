@@ -11,6 +11,7 @@
 #include "cpu/attention_layout.hpp"
 #include "cpu/unrolled.hpp"
 #include "cpu/vector_exp.hpp"
+#include "rts/cache_line.hpp"
 
 // Attention over a vector type and the cache's number type. Vector::TileRows are the tiles that are compiled, the
 // largest first; Vector::kRegisters is what a tile may take of the processor's registers.
@@ -105,9 +106,9 @@ class Attention {
 
   void find_blocks(std::size_t end) {
     const std::int32_t* const table = task_.block_table + segment_ / kBlockPositions;
-    const std::size_t numbers = kBlockPositions * shape_.head_dim;
+    const std::size_t head = task_.kv_head * kBlockPositions * shape_.head_dim;
     for (std::size_t i = 0; i < kSegmentBlocks && segment_ + i * kBlockPositions < end; ++i) {
-      const std::size_t offset = (static_cast<std::size_t>(table[i]) * shape_.kv_heads + task_.kv_head) * numbers;
+      const std::size_t offset = static_cast<std::size_t>(table[i]) * cache_.block_stride + head;
       keys_[i] = cache_.keys + offset;
       values_[i] = cache_.values + offset;
     }
@@ -151,8 +152,20 @@ class Attention {
     const float* const queries = scratch(layout_.queries) + first_row * kStride;
     const std::size_t end = (positions.end + kBlockPositions - 1) / kBlockPositions;
     std::size_t block = positions.begin / kBlockPositions;
-    for (; block + kBeside <= end; block += kBeside) score_blocks<kRows, kBeside>(queries, block);
+    for (; block + kBeside <= end; block += kBeside) {
+      fetch_keys(block + kBeside, block + 2 * kBeside < end ? block + 2 * kBeside : end);
+      score_blocks<kRows, kBeside>(queries, block);
+    }
     for (; block < end; ++block) score_blocks<kRows, 1>(queries, block);
+  }
+
+  void fetch_keys(std::size_t first_block, std::size_t last_block) const {
+    for (std::size_t block = first_block; block < last_block; ++block) {
+      const Number* const keys = keys_[block];
+      for (std::size_t i = 0; i < kBlockPositions * shape_.head_dim; i += kCacheLine / sizeof(Number)) {
+        __builtin_prefetch(keys + i);
+      }
+    }
   }
 
   template <std::size_t kRows, std::size_t kBlocks>

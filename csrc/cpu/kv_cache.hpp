@@ -8,16 +8,18 @@
 
 namespace rts::cpu {
 
-// The keys and values of all layers. Each KV head has arrays of its own, as if it were a layer with one, so that
-// whoever computes its attention also writes its keys and values, and waits for nobody. Memory is taken as blocks are
-// first used.
+// The keys and values of all layers. Each KV head's are apart, as if it were a layer with one, so that whoever computes
+// its attention also writes its keys and values, and waits for nobody. All that belongs to a block lies together, so
+// that memory is taken as blocks are first used, even in huge pages; without those, each two blocks of a head would
+// want an entry of the processor's address cache.
 template <typename Number>
 class KvCacheOf {
  public:
   KvCacheOf(std::size_t layers, std::size_t kv_heads, std::size_t head_dim, std::size_t num_blocks)
       : kv_heads_(kv_heads),
-        head_numbers_(num_blocks * kBlockPositions * head_dim),
-        memory_(num_blocks * block_bytes(layers, kv_heads, head_dim)) {}
+        head_numbers_(kBlockPositions * head_dim),
+        block_numbers_(block_bytes(layers, kv_heads, head_dim) / sizeof(Number)),
+        memory_(num_blocks * block_bytes(layers, kv_heads, head_dim), true) {}
 
   static std::size_t block_bytes(std::size_t layers, std::size_t kv_heads, std::size_t head_dim) {
     return 2 * layers * kv_heads * kBlockPositions * head_dim * sizeof(Number);
@@ -25,12 +27,13 @@ class KvCacheOf {
 
   KvLayerOf<Number> of(std::size_t layer, std::size_t kv_head) const {
     Number* const keys = memory_.as<Number>() + 2 * (layer * kv_heads_ + kv_head) * head_numbers_;
-    return {keys, keys + head_numbers_};
+    return {keys, keys + head_numbers_, block_numbers_};
   }
 
  private:
   std::size_t kv_heads_;
-  std::size_t head_numbers_;  // of a head's keys, and of its values
+  std::size_t head_numbers_;  // of a head's keys in a block, and of its values
+  std::size_t block_numbers_;
   AnonymousMemory memory_;
 };
 

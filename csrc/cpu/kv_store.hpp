@@ -16,7 +16,7 @@ void store_position(const AttentionShape& shape, const KvLayerOf<Number>& cache,
   const std::size_t block = static_cast<std::size_t>(slot) / kBlockPositions;
   const std::size_t offset = static_cast<std::size_t>(slot) % kBlockPositions;
   for (std::size_t head = 0; head < shape.kv_heads; ++head, key += shape.head_dim, value += shape.head_dim) {
-    const std::size_t begin = (block * shape.kv_heads + head) * kBlockPositions * shape.head_dim;
+    const std::size_t begin = block * cache.block_stride + head * kBlockPositions * shape.head_dim;
     Number* const keys = cache.keys + begin + offset;
     Number* const values = cache.values + begin + offset * shape.head_dim;
     Number column[Vector::kLanes];

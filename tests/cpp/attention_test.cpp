@@ -111,7 +111,7 @@ class Cache {
     }
   }
 
-  KvLayerOf<Number> layer() { return {keys_.data(), values_.data()}; }
+  KvLayerOf<Number> layer() { return {keys_.data(), values_.data(), kBlockPositions * sequence_.kv_columns()}; }
   std::int64_t slot(std::size_t position) const {
     return table_[position / kBlockPositions] * static_cast<std::int64_t>(kBlockPositions) +
            static_cast<std::int64_t>(position % kBlockPositions);
@@ -376,7 +376,8 @@ TYPED_TEST(AttentionTest, APositionIsStoredInItsPlacesOnly) {
           expected_values[block + 5 * head_dim + i] = number_of<TypeParam>(value[head * head_dim + i]);
         }
       }
-      store(*kernels, shape, KvLayerOf<TypeParam>{keys.data(), values.data()}, kSlot, key.data(), value.data());
+      store(*kernels, shape, KvLayerOf<TypeParam>{keys.data(), values.data(), kBlockPositions * columns}, kSlot,
+            key.data(), value.data());
       EXPECT_EQ(keys, expected_keys) << kernels->name << " " << head_dim;
       EXPECT_EQ(values, expected_values) << kernels->name << " " << head_dim;
     }
