@@ -316,14 +316,15 @@ class GgufFile:
     """A GGUF file of version 2 or 3, mapped for reading and checked as a whole. Any number of threads may use it.
 
     Raises RuntimeError, one line that begins with the path, for a file that cannot be opened or is not sound. The
-    mapping is there as long as the object or an array of `raw`. Replace a file that is in use by rename: a file that is
-    cut short while it is mapped kills its readers.
+    mapping is there as long as the object, its metadata or an array of `raw`. Replace a file that is in use by rename:
+    a file that is cut short while it is mapped kills its readers.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None: ...
     @property
     def metadata(self) -> Mapping[str, Any]:
-        """Read-only, in the file's order, made at first use: bool, int, float, str and lists of these, which may nest.
+        """Read-only, in the file's order, each value made when it is asked for: bool, int, float, str and lists of
+        these, which may nest.
 
         Bytes that are not UTF-8 are U+FFFD in a text. In a list of texts (a vocabulary) and in keys, where two that
         differ must not become one, each is a surrogate: `.encode("utf-8", "surrogateescape")` gives the bytes back.
@@ -336,6 +337,8 @@ class GgufFile:
 
         Raises KeyError for an unknown name, RuntimeError for a type that is not decoded, with those that are.
         """
+    def release_pages(self) -> None:
+        """What has been read no longer counts as this process's memory; it is read again where it is wanted."""
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes as stored, (nbytes,): a read-only view of the mapping. KeyError for an unknown name."""
 

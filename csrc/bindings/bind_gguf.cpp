@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 #include <pybind11/stl/filesystem.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <filesystem>
 #include <optional>
@@ -106,15 +107,6 @@ class BoundGgufFile {
   explicit BoundGgufFile(const std::filesystem::path& path)
       : file_(without_gil([&] { return GgufFile(path.native()); })) {}
 
-  py::object metadata() {
-    if (!metadata_) {
-      py::dict dict;
-      for (const GgufEntry& entry : file_.metadata()) dict[decode(entry.name, kExact)] = to_python(entry.value);
-      metadata_ = read_only(dict);
-    }
-    return metadata_;
-  }
-
   py::object tensors() {
     if (!tensors_) {
       py::dict dict;
@@ -133,6 +125,8 @@ class BoundGgufFile {
     return out;
   }
 
+  const GgufFile& file() const { return file_; }
+
   const GgufTensor& find(const py::str& name) const {
     const auto bytes = py::reinterpret_steal<py::bytes>(PyUnicode_AsEncodedString(name.ptr(), "utf-8", kExact));
     if (!bytes) throw py::error_already_set();
@@ -147,8 +141,38 @@ class BoundGgufFile {
 
  private:
   GgufFile file_;
-  py::object metadata_;
   py::object tensors_;
+};
+
+// A read-only mapping that makes Python's values when they are asked for, each time anew: a vocabulary with its merges
+// takes ten megabytes of them, and who wants a number need not have those.
+class GgufMetadata {
+ public:
+  explicit GgufMetadata(py::object file) : file_(std::move(file)) {}
+
+  std::size_t size() const { return entries().size(); }
+  py::iterator keys() const {
+    py::list names;
+    for (const GgufEntry& entry : entries()) names.append(decode(entry.name, kExact));
+    return py::iter(names);
+  }
+  bool contains(const py::object& key) const { return find(key) != nullptr; }
+  py::object at(const py::object& key) const {
+    if (const GgufEntry* const entry = find(key)) return to_python(entry->value);
+    PyErr_SetObject(PyExc_KeyError, key.ptr());
+    throw py::error_already_set();
+  }
+
+ private:
+  std::span<const GgufEntry> entries() const { return file_.cast<const BoundGgufFile&>().file().metadata(); }
+  const GgufEntry* find(const py::object& key) const {
+    const auto is_it = [&](const GgufEntry& entry) { return decode(entry.name, kExact).equal(key); };
+    const std::span all = entries();
+    const auto found = std::ranges::find_if(all, is_it);
+    return found == all.end() ? nullptr : &*found;
+  }
+
+  py::object file_;
 };
 
 // A view of the mapping that keeps its file.
@@ -167,11 +191,25 @@ void register_gguf(py::module_& m) {
       .def_readonly("shape", &TensorInfo::shape)
       .def_readonly("type", &TensorInfo::type)
       .def_readonly("nbytes", &TensorInfo::nbytes);
+  const auto metadata = py::class_<GgufMetadata>(m, "GgufMetadata")
+                            .def("__len__", &GgufMetadata::size)
+                            .def("__iter__", &GgufMetadata::keys)
+                            .def("__contains__", &GgufMetadata::contains)
+                            .def("__getitem__", &GgufMetadata::at)
+                            .def("keys", &GgufMetadata::keys)
+                            .def(
+                                "get",
+                                [](const GgufMetadata& self, const py::object& key, py::object otherwise) {
+                                  return self.contains(key) ? self.at(key) : std::move(otherwise);
+                                },
+                                "key"_a, "default"_a = py::none());
+  py::module_::import("collections.abc").attr("Mapping").attr("register")(metadata);
   py::class_<BoundGgufFile>(m, "GgufFile")
       .def(py::init<const std::filesystem::path&>(), "path"_a)
-      .def_property_readonly("metadata", &BoundGgufFile::metadata)
+      .def_property_readonly("metadata", [](py::object self) { return GgufMetadata(std::move(self)); })
       .def_property_readonly("tensors", &BoundGgufFile::tensors)
       .def("dequantize", &BoundGgufFile::dequantize, "name"_a)
+      .def("release_pages", [](const BoundGgufFile& self) { self.file().release_pages(); })
       .def("raw", &raw, "name"_a);
 }
 

@@ -16,6 +16,7 @@ from realtime_serve.engine.call_loop import CallLoop
 from realtime_serve.engine.language_model import ModelOptions, load_language_model
 from realtime_serve.engine.step_loop import EngineLimits, StepLoop
 from realtime_serve.errors import ModelLoadError
+from realtime_serve.machine import return_freed_memory
 from realtime_serve.runners.base import Runner
 from realtime_serve.runners.callable import CallableModel
 from realtime_serve.runners.loader import Loader, as_runner, import_loader, import_name
@@ -83,7 +84,9 @@ def load_tokenizer(path: str) -> FrontTokenizer:
         return NullTokenizer()
     from realtime_serve.tokenizer import Tokenizer
 
-    return Tokenizer.load(Path(path))
+    tokenizer = Tokenizer.load(Path(path))
+    return_freed_memory()
+    return tokenizer
 
 
 class WorkerLoop(Protocol):

@@ -58,6 +58,9 @@ class GgufFile {
   // decoded, std::invalid_argument where `out` has another number of elements.
   void dequantize(const GgufTensor& tensor, std::span<float> out) const;
 
+  // See MappedFile.
+  void release_pages() const noexcept { mapped_.release_pages(); }
+
  private:
   void parse(std::span<const std::byte> bytes);
 

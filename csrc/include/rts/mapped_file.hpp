@@ -18,6 +18,8 @@ class MappedFile {
   MappedFile& operator=(MappedFile&& other) noexcept;
 
   std::span<const std::byte> bytes() const { return bytes_; }
+  // What was read no longer counts as this process's memory. It comes back when it is read again.
+  void release_pages() const noexcept;
 
  private:
   std::span<const std::byte> bytes_;

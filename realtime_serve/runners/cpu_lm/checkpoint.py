@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +59,8 @@ class CpuCheckpoint:
     rope_factors: npt.NDArray[np.float32] | None = None
     files: tuple[Path, ...] = ()
     """What the weights are read from."""
+    release: Callable[[], None] = lambda: None
+    """To be called once the weights are packed: the pages of the file that were read for it count as memory."""
 
 
 def open_checkpoint(path: Path) -> CpuCheckpoint:
@@ -99,4 +101,5 @@ def _open_gguf(path: Path) -> CpuCheckpoint:
         has_norm_offset=architecture.norm_offset != 0.0,
         rope_factors=factors,
         files=(path,),
+        release=file.release_pages,
     )

@@ -88,6 +88,7 @@ class CpuLM:
             load_packed(weights, decoder, checkpoint.files)
         except ValueError as error:
             raise ModelLoadError(parts.named(str(error))) from error
+        checkpoint.release()
         return cls(
             weights,
             tokenizer,
