@@ -15,8 +15,8 @@ from realtime_serve._core import PayloadKind
 from realtime_serve._pump import Stream
 from realtime_serve.config import BatchConfig, ModelConfig
 from realtime_serve.devices import cuda_device_count
-from realtime_serve.engine.launch import NULL_MODEL, FrontTokenizer, LoadSpec, load_tokenizer
-from realtime_serve.engine.step_loop import EngineLimits
+from realtime_serve.engine.limits import EngineLimits
+from realtime_serve.engine.load_spec import NULL_MODEL, LoadSpec
 from realtime_serve.engine.supervisor import Supervisor
 from realtime_serve.errors import (
     ConfigError,
@@ -27,6 +27,7 @@ from realtime_serve.errors import (
     bounded_retry_after,
 )
 from realtime_serve.extras import has_torch, torch_missing
+from realtime_serve.front_tokenizer import FrontTokenizer, load_tokenizer
 from realtime_serve.payload import Payload, PayloadError
 from realtime_serve.runners.loader import Loader, import_name
 from realtime_serve.stream import StreamManager, TokenStream

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib
 import logging
 import signal
 import socket
@@ -266,7 +267,8 @@ class InferenceServer:
         stopping = asyncio.ensure_future(stop_requested.wait())
         drain_s = 0.0
         try:
-            await asyncio.sleep(0)  # the worker processes start before aiohttp is imported: side by side
+            # aiohttp in another thread: the worker processes start meanwhile.
+            await asyncio.to_thread(importlib.import_module, "realtime_serve.http.listener")
             await self._listen_http()
             await asyncio.wait((opening, stopping), return_when=asyncio.FIRST_COMPLETED)
             if opening.done():

@@ -11,7 +11,7 @@ from typing import cast
 from realtime_serve._core import PayloadKind
 from realtime_serve._pump import Stream
 from realtime_serve.config import BatchConfig, ServerConfig
-from realtime_serve.engine.step_loop import EngineLimits
+from realtime_serve.engine.limits import EngineLimits
 from realtime_serve.errors import ModelUnavailableError, ShuttingDownError, bounded_retry_after, stream_error
 from realtime_serve.middleware import (
     ClientPriorities,

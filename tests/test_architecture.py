@@ -19,7 +19,7 @@ LAYERS = (
     ("batch", "hub", "installer", "payload", "randomness", "tokenizer", "runners"),
     ("_pump",),
     ("engine",),
-    ("stream",),
+    ("front_tokenizer", "stream"),
     ("models",),
     ("middleware", "telemetry"),
     ("service",),
@@ -84,9 +84,9 @@ def test_every_module_has_a_layer() -> None:
     assert {_unit(path) for path in MODULES} <= set(LEVEL)
 
 
-@pytest.mark.parametrize("module", ["realtime_serve", "realtime_serve.cli"])
+@pytest.mark.parametrize("module", ["realtime_serve", "realtime_serve.cli", "realtime_serve.server"])
 def test_importing_the_package_is_light(module: str) -> None:
-    heavy = "torch transformers aiohttp tokenizers uvloop"
+    heavy = "torch transformers aiohttp tokenizers uvloop numpy"
     code = f"import sys, {module}; print([m for m in '{heavy}'.split() if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 from realtime_serve._core import Channel
 from realtime_serve.engine.control import ControlSocket, encode
-from realtime_serve.engine.launch import LoadSpec, WorkerLoop, load_worker
-from realtime_serve.engine.worker import describe, failed_report, ready_report
+from realtime_serve.engine.load_spec import LoadSpec
+from realtime_serve.engine.reports import describe, failed_report, ready_report
+from realtime_serve.engine.worker_loop import WorkerLoop
 from realtime_serve.errors import ModelLoadError
 
 log = logging.getLogger(__name__)
@@ -162,6 +163,8 @@ class ThreadWorker:
             self._thread.join(timeout_s)
 
     def _run(self, spec: LoadSpec) -> None:
+        from realtime_serve.engine.launch import load_worker  # 80 ms and 9 MB that a front end need not spend
+
         try:
             loop = load_worker(spec)
         except BaseException as error:  # a loader that calls sys.exit() must not leave its supervisor waiting

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from realtime_serve.config import ModelConfig
-from realtime_serve.engine.step_loop import EngineLimits
+from realtime_serve.engine.limits import EngineLimits
 from realtime_serve.errors import ConfigError, UnsupportedModelError
 from realtime_serve.extras import torch_missing
 from realtime_serve.runners.base import Runner

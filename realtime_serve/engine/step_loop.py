@@ -5,24 +5,13 @@ from __future__ import annotations
 import logging
 import queue
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from realtime_serve._core import Channel, EngineCore, NativeModel, Vocabulary
+from realtime_serve.engine.limits import EngineLimits
 from realtime_serve.engine.step_buffers import StepBuffers
 from realtime_serve.runners.base import Runner
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class EngineLimits:
-    """What bounds a worker's engine, whatever the model."""
-
-    max_batch_size: int
-    max_step_tokens: int
-    max_queue: int
-    ageing_ms: int
-    target_step_ms: float = 0.0
 
 
 class StepLoop:

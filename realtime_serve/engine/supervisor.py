@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 from realtime_serve.engine.client import ChannelClient
 from realtime_serve.engine.handles import ProcessWorker, Report, ThreadWorker, WorkerHandle
-from realtime_serve.engine.launch import LoadSpec
+from realtime_serve.engine.load_spec import LoadSpec
 from realtime_serve.errors import ModelLoadError, ModelUnavailableError
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,8 @@ import time
 import numpy as np
 
 from realtime_serve._core import NativeModel, NullModel
-from realtime_serve.runners.base import Int32, StepBatch
+from realtime_serve.runners.arrays import Int32
+from realtime_serve.runners.base import StepBatch
 
 _TEXT = (
     " the of and to in is that it was for on are as with his they be at one have this from or had by hot but some what"

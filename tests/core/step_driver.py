@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from realtime_serve.runners.base import Float32, Runner, StepBatch
+from realtime_serve.runners.arrays import Float32
+from realtime_serve.runners.base import Runner, StepBatch
 
 _UNDEFINED = 2**30
 

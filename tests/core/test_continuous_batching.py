@@ -19,8 +19,10 @@ from support import DEADLINE_S, until
 from tiny_models import TinyTokenizer, save_tiny_model
 
 from realtime_serve.engine.client import ChannelClient, ChannelShape
-from realtime_serve.engine.step_loop import EngineLimits, StepLoop
-from realtime_serve.runners.base import Float32, Runner
+from realtime_serve.engine.limits import EngineLimits
+from realtime_serve.engine.step_loop import StepLoop
+from realtime_serve.runners.arrays import Float32
+from realtime_serve.runners.base import Runner
 from realtime_serve.runners.cpu_lm import CpuLM
 from realtime_serve.runners.cpu_lm.families import FAMILIES as NATIVE_FAMILIES
 from realtime_serve.runners.torch_lm import TorchLM

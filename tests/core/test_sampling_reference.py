@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from realtime_serve._core import Channel, EngineCore, Vocabulary
 from realtime_serve._pump import Pump
 from realtime_serve.engine.step_buffers import StepBuffers
-from realtime_serve.runners.base import Float32
+from realtime_serve.runners.arrays import Float32
 
 VOCABULARY = 40
 EOS = VOCABULARY - 1

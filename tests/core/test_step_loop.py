@@ -13,7 +13,8 @@ from support import DEADLINE_S, until
 
 from realtime_serve._core import NativeModel
 from realtime_serve.engine.client import ChannelClient, ChannelShape
-from realtime_serve.engine.step_loop import EngineLimits, StepLoop
+from realtime_serve.engine.limits import EngineLimits
+from realtime_serve.engine.step_loop import StepLoop
 from realtime_serve.errors import ModelFailedError
 from realtime_serve.runners.base import Runner, StepBatch
 from realtime_serve.runners.null import NullRunner

@@ -19,8 +19,8 @@ from support import DEADLINE_S, null_model, until
 
 from realtime_serve import ModelConfig, StreamManager
 from realtime_serve.engine import handles, launch, supervisor
-from realtime_serve.engine.launch import LoadSpec
-from realtime_serve.engine.step_loop import EngineLimits
+from realtime_serve.engine.limits import EngineLimits
+from realtime_serve.engine.load_spec import LoadSpec
 from realtime_serve.engine.supervisor import Supervisor, WorkerState
 from realtime_serve.errors import ConfigError, ModelLoadError, ModelUnavailableError, WorkerDiedError
 from realtime_serve.stream import TokenStream

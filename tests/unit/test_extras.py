@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from realtime_serve import InferenceServer, ModelConfig, ServerConfig, devices, hub, models
-from realtime_serve.engine.launch import LoadSpec, load_runner
-from realtime_serve.engine.step_loop import EngineLimits
+from realtime_serve.engine.launch import load_runner
+from realtime_serve.engine.limits import EngineLimits
+from realtime_serve.engine.load_spec import LoadSpec
 from realtime_serve.errors import ModelLoadError
 from realtime_serve.extras import has_torch
 from realtime_serve.models import check_engine

@@ -27,7 +27,7 @@ from realtime_serve import _core
 from realtime_serve.config import ModelConfig
 from realtime_serve.engine import language_model
 from realtime_serve.engine.language_model import load_language_model
-from realtime_serve.engine.step_loop import EngineLimits
+from realtime_serve.engine.limits import EngineLimits
 from realtime_serve.errors import ConfigError, ModelLoadError, UnsupportedModelError
 from realtime_serve.runners.base import Runner
 from realtime_serve.runners.cpu_lm import CpuLM

@@ -13,8 +13,9 @@ from tiny_models import VOCABULARY, TinyTokenizer, change_tensors, save_tiny_lla
 from torch_reference import load
 
 from realtime_serve.config import ModelConfig
-from realtime_serve.engine.launch import LoadSpec, load_runner
-from realtime_serve.engine.step_loop import EngineLimits
+from realtime_serve.engine.launch import load_runner
+from realtime_serve.engine.limits import EngineLimits
+from realtime_serve.engine.load_spec import LoadSpec
 from realtime_serve.errors import ModelLoadError, UnsupportedModelError
 
 
