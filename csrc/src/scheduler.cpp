@@ -102,8 +102,7 @@ std::uint32_t Scheduler::prompt_budget(const Plan& plan) const {
   std::int64_t target_ns = config_.target_step_ns;
   if (target_ns == 0) target_ns = static_cast<std::int64_t>(cost_.decode_ns(plan.decoding) * kPromptSlowdown);
   const std::uint32_t within = cost_.prompt_positions_within(target_ns, plan.decoding, left);
-  // A prompt that is being read gets on in any case.
-  return std::min(left, std::max(within, config_.block_size));
+  return std::min(left, std::max(within, kLeastPrompt));
 }
 
 // Preempts until those that run can grow. Before the step is planned, so that no plan names who is preempted.

@@ -2,6 +2,7 @@
 
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <random>
 
@@ -92,6 +93,46 @@ TEST(StepCost, IsStableWhereNothingChanges) {
   const std::uint32_t positions = cost.prompt_positions_within(16'800'000, 8, 512);
   EXPECT_GT(positions, 40U);
   EXPECT_LT(positions, 170U);
+}
+
+// Streams alone for hours, and then prompts that take ten times as long as they did (a longer context, another load):
+// that must be seen within a few of them, for until then they hold up all streams.
+TEST(StepCost, LearnsAnewWhatPromptsTake) {
+  StepCost cost;
+  Machine machine{.noise = 0.05};
+  std::mt19937_64 random(3);
+  for (int i = 0; i < 50; ++i) cost.observe(8, i % 2 == 0 ? 100 : 0, machine.step(8, i % 2 == 0 ? 100 : 0));
+  for (int i = 0; i < 20'000; ++i) {
+    const auto decoding = static_cast<std::uint32_t>(1 + random() % 8);
+    cost.observe(decoding, 0, machine.step(decoding, 0));
+  }
+  machine.position_ns *= 10;
+  std::uint32_t positions = 0;
+  for (int i = 0; i < 8; ++i) {
+    positions = std::max(4U, cost.prompt_positions_within(16'800'000, 8, 512));
+    cost.observe(8, positions, machine.step(8, positions));
+  }
+  // (16.8 ms - 8.4 ms) / 1 ms
+  EXPECT_NEAR(positions, 8, 4);
+}
+
+// What a prompt's position costs is not told by steps without one, however they vary.
+TEST(StepCost, StepsWithoutPromptsTellNothingOfThem) {
+  StepCost cost;
+  Machine machine{.noise = 0.05};
+  std::mt19937_64 random(3);
+  const auto within_8_ms = [&] {
+    return cost.prompt_positions_within(static_cast<std::int64_t>(cost.decode_ns(8)) + 8'000'000, 8, 512);
+  };
+  for (int i = 0; i < 50; ++i) cost.observe(8, i % 2 == 0 ? 100 : 0, machine.step(8, i % 2 == 0 ? 100 : 0));
+  const std::uint32_t before = within_8_ms();
+  for (int i = 0; i < 5'000; ++i) {
+    if (i % 100 == 0) machine.constant_ns = i % 200 == 0 ? 15e6 : 6e6;  // another program comes and goes
+    const auto decoding = static_cast<std::uint32_t>(1 + random() % 8);
+    cost.observe(decoding, 0, machine.step(decoding, 0));
+  }
+  EXPECT_NEAR(before, 80, 10);
+  EXPECT_NEAR(within_8_ms(), before, 1);
 }
 
 }  // namespace

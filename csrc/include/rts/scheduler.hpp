@@ -96,7 +96,9 @@ class Scheduler {
 
  private:
   static constexpr std::uint32_t kPlansInFlight = 2;
-  static constexpr double kPromptSlowdown = 1.8;
+  static constexpr double kPromptSlowdown = 1.6;
+  // Positions of prompts that a step reads in any case.
+  static constexpr std::uint32_t kLeastPrompt = 4;
   // Prompts that are read at the same time get at least this part of the budget each, or what they have left.
   static constexpr std::uint32_t kPromptsAtOnce = 4;
 
