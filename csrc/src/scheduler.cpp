@@ -100,7 +100,13 @@ std::uint32_t Scheduler::prompt_budget(const Plan& plan) const {
   const std::uint32_t left = config_.token_budget - plan.tokens;
   if (plan.decoding == 0) return left;
   std::int64_t target_ns = config_.target_step_ns;
-  if (target_ns == 0) target_ns = static_cast<std::int64_t>(cost_.decode_ns(plan.decoding) * kPromptSlowdown);
+  if (target_ns == 0) {
+    const std::size_t places = config_.max_sequences - running_.size();
+    const std::size_t prompts = running_.size() - plan.decoding + std::min(waiting_.size(), places);
+    const double share = static_cast<double>(prompts) / plan.decoding;
+    target_ns = static_cast<std::int64_t>(cost_.decode_ns(plan.decoding) *
+                                          (1 + std::clamp(share, kLeastPromptShare, kMostPromptShare)));
+  }
   const std::uint32_t within = cost_.prompt_positions_within(target_ns, plan.decoding, left);
   return std::min(left, std::max(within, kLeastPrompt));
 }

@@ -666,6 +666,36 @@ TEST(Scheduler, PromptsTakeWhatKeepsAStepWithinItsTime) {
   EXPECT_NEAR(plan->tokens - plan->decoding, 40, 2);
 }
 
+// Where nobody says how long a step may take: by how long it takes without prompts, and how many of these there are.
+TEST(Scheduler, PromptsTakeMoreOfAStepWhereMoreWaitThanRun) {
+  SchedulerConfig config = small();
+  config.max_sequences = 16;
+  config.max_context = 1000;
+  config.num_blocks = 1000;
+  config.token_budget = 200;
+  // Of a step in which `streams` decode.
+  const auto positions_beside = [&](std::uint32_t streams, int prompts) {
+    Engine engine(config);
+    for (std::uint32_t i = 0; i < streams; ++i) engine.add(1, 900);
+    for (int i = 0; i < 60; ++i) {  // 10 ms, and half a millisecond a position
+      Plan* plan = engine.schedule();
+      engine.commit(*plan);
+      engine.scheduler.observe(*plan, 10 * kMs + (plan->tokens - plan->decoding) * kMs / 2);
+      if (i % 4 == 0) engine.add(5 + static_cast<std::uint32_t>(i % 7), 1);
+    }
+    while (engine.step() > streams) {
+    }
+    for (int i = 0; i < prompts; ++i) engine.add(300, 1);
+    Plan* plan = engine.schedule();
+    EXPECT_EQ(plan->decoding, streams);
+    return plan->tokens - plan->decoding;
+  };
+  EXPECT_NEAR(positions_beside(4, 1), 12, 2);   // 6 ms
+  EXPECT_NEAR(positions_beside(4, 4), 20, 3);   // 10 ms
+  EXPECT_NEAR(positions_beside(4, 6), 30, 4);   // 15 ms
+  EXPECT_NEAR(positions_beside(2, 12), 40, 5);  // 20 ms, the most
+}
+
 // A server's life under a simulated clock: random arrivals, cancels, pauses, failures and accepted tokens, with one or
 // two plans in flight, prefixes in common and blocks that run out; and what must hold checked after every step against
 // a second book of accounts, and against what each position of each block holds.

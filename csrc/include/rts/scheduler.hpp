@@ -22,7 +22,8 @@ struct SchedulerConfig {
   std::uint32_t max_context = 2048;  // positions of a sequence
   // Idle blocks that are kept for their prefixes; 0: none is looked for.
   std::uint32_t cached_blocks = 0;
-  // What a step may take where sequences decode and prompts are read; 0: kPromptSlowdown times as long as without them.
+  // What a step may take where sequences decode and prompts are read; 0: by what it takes without them, and how many
+  // they are.
   std::int64_t target_step_ns = 0;
   SipKey prefix_key{};  // from a secure source: who knows it can make prefixes that collide
 };
@@ -96,7 +97,10 @@ class Scheduler {
 
  private:
   static constexpr std::uint32_t kPlansInFlight = 2;
-  static constexpr double kPromptSlowdown = 1.6;
+  // What prompts may take of a step, as a multiple of what its streams take: as many times as there are more of them,
+  // within these bounds. One long prompt keeps the pace of all streams; where many wait for few, they are not held up
+  // for these few (32 that come at once: half of them had to wait 1.9 s for their first token, and 0.5 with this).
+  static constexpr double kLeastPromptShare = 0.6, kMostPromptShare = 2.0;
   // Positions of prompts that a step reads in any case.
   static constexpr std::uint32_t kLeastPrompt = 4;
   // Prompts that are read at the same time get at least this part of the budget each, or what they have left.
