@@ -103,7 +103,7 @@ std::uint32_t Scheduler::prompt_budget(const Plan& plan) const {
   if (target_ns == 0) {
     const std::size_t places = config_.max_sequences - running_.size();
     const std::size_t prompts = running_.size() - plan.decoding + std::min(waiting_.size(), places);
-    const double share = static_cast<double>(prompts) / plan.decoding;
+    const double share = kPromptShare * static_cast<double>(prompts) / plan.decoding;
     target_ns = static_cast<std::int64_t>(cost_.decode_ns(plan.decoding) *
                                           (1 + std::clamp(share, kLeastPromptShare, kMostPromptShare)));
   }

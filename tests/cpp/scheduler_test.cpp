@@ -691,9 +691,9 @@ TEST(Scheduler, PromptsTakeMoreOfAStepWhereMoreWaitThanRun) {
     return plan->tokens - plan->decoding;
   };
   EXPECT_NEAR(positions_beside(4, 1), 12, 2);   // 6 ms
-  EXPECT_NEAR(positions_beside(4, 4), 20, 3);   // 10 ms
-  EXPECT_NEAR(positions_beside(4, 6), 30, 4);   // 15 ms
-  EXPECT_NEAR(positions_beside(2, 12), 40, 5);  // 20 ms, the most
+  EXPECT_NEAR(positions_beside(4, 4), 40, 4);   // 20 ms
+  EXPECT_NEAR(positions_beside(4, 6), 60, 6);   // 30 ms
+  EXPECT_NEAR(positions_beside(2, 12), 80, 8);  // 40 ms, the most
 }
 
 // A server's life under a simulated clock: random arrivals, cancels, pauses, failures and accepted tokens, with one or

@@ -97,10 +97,10 @@ class Scheduler {
 
  private:
   static constexpr std::uint32_t kPlansInFlight = 2;
-  // What prompts may take of a step, as a multiple of what its streams take: as many times as there are more of them,
-  // within these bounds. One long prompt keeps the pace of all streams; where many wait for few, they are not held up
-  // for these few (32 that come at once: half of them had to wait 1.9 s for their first token, and 0.5 with this).
-  static constexpr double kLeastPromptShare = 0.6, kMostPromptShare = 2.0;
+  // What prompts may take of a step, as a multiple of what its streams take: twice as many times as there are more of
+  // them, within bounds. One long prompt keeps the pace of all streams; where many wait for few, they are not held up
+  // for these: of 32 that come at once, half had to wait 1.9 s for their first token.
+  static constexpr double kPromptShare = 2.0, kLeastPromptShare = 0.6, kMostPromptShare = 4.0;
   // Positions of prompts that a step reads in any case.
   static constexpr std::uint32_t kLeastPrompt = 4;
   // Prompts that are read at the same time get at least this part of the budget each, or what they have left.
