@@ -191,19 +191,15 @@ void register_gguf(py::module_& m) {
       .def_readonly("shape", &TensorInfo::shape)
       .def_readonly("type", &TensorInfo::type)
       .def_readonly("nbytes", &TensorInfo::nbytes);
-  const auto metadata = py::class_<GgufMetadata>(m, "GgufMetadata")
-                            .def("__len__", &GgufMetadata::size)
-                            .def("__iter__", &GgufMetadata::keys)
-                            .def("__contains__", &GgufMetadata::contains)
-                            .def("__getitem__", &GgufMetadata::at)
-                            .def("keys", &GgufMetadata::keys)
-                            .def(
-                                "get",
-                                [](const GgufMetadata& self, const py::object& key, py::object otherwise) {
-                                  return self.contains(key) ? self.at(key) : std::move(otherwise);
-                                },
-                                "key"_a, "default"_a = py::none());
-  py::module_::import("collections.abc").attr("Mapping").attr("register")(metadata);
+  auto metadata = py::class_<GgufMetadata>(m, "GgufMetadata")
+                      .def("__len__", &GgufMetadata::size)
+                      .def("__iter__", &GgufMetadata::keys)
+                      .def("__contains__", &GgufMetadata::contains)
+                      .def("__getitem__", &GgufMetadata::at);
+  // What a mapping has besides is Python's own.
+  const py::object mapping = py::module_::import("collections.abc").attr("Mapping");
+  for (const char* const name : {"get", "keys", "items", "values"}) metadata.attr(name) = mapping.attr(name);
+  mapping.attr("register")(metadata);
   py::class_<BoundGgufFile>(m, "GgufFile")
       .def(py::init<const std::filesystem::path&>(), "path"_a)
       .def_property_readonly("metadata", [](py::object self) { return GgufMetadata(std::move(self)); })

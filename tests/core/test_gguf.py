@@ -4,7 +4,7 @@ import gc
 import math
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -191,6 +191,11 @@ def test_metadata_of_every_kind(write_gguf: WriteGguf) -> None:
     assert "u8" in metadata
     assert "u9" not in metadata
     assert metadata.get("u9", 7) == 7
+    assert metadata.get("u8", 7) == 255
+    assert list(metadata.items()) == list(dict(metadata).items())
+    assert list(metadata.values())[:2] == ["test", 255]
+    assert len(metadata) == len(list(metadata)) == 17
+    assert isinstance(metadata, Mapping)
     with pytest.raises(KeyError):
         metadata["u9"]
 
