@@ -25,7 +25,7 @@ constexpr std::uint64_t kArrival = 2;
 // A waiting thread first pauses, then yields its processor between looks, then sleeps. Bounds in time and not in
 // pauses, which take 10 to 140 cycles.
 //
-// Yielding costs 0.3 µs where no other thread wants the processor, and is the point where one does: it may be the very
+// Yielding costs 0.4 µs where no other thread wants the processor, and is the point where one does: it may be the very
 // thread that is awaited. So it can go on for long, and should: a wake-up takes 5 to 60 µs where the processor has gone
 // idle, and in a step with a hundred meetings one sleep makes the others late for the next.
 constexpr auto kPauseTime = 5us;

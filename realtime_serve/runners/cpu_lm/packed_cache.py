@@ -21,7 +21,7 @@ _SUFFIX = ".rts-packed"
 
 
 def load_packed(weights: CpuWeights, decoder: Decoder, files: Sequence[Path]) -> None:
-    """Maps the weights as they were packed before, or packs them now, for the next start as well where a folder takes
+    """Reads the weights as they were packed before, or packs them now, for the next start as well where a folder takes
     the file. Raises ValueError where a weight is not finite."""
     description = describe(decoder, files)
     places = packed_paths(files)

@@ -72,7 +72,7 @@ class CpuLM:
         kv_plan = plan_kv_cache(
             KvRequest(
                 source=checkpoint.source,
-                weights="int8",
+                weights="integers of 4 and 8 bits",
                 weight_bytes=weights.packed_bytes,
                 block_bytes=weights.kv_block_bytes,
                 block_size=KV_BLOCK_POSITIONS,
