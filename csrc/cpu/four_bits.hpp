@@ -8,8 +8,8 @@
 
 namespace rts::cpu {
 
-// A panel's group of 4-bit values as those of 8 bits are stored: rotated. Three dozen operations on vectors of bytes for
-// 16 outputs, where a row's product has a dozen; in return half as much comes from memory. Static, so that each
+// A panel's group of 4-bit values as those of 8 bits are stored: rotated. Three dozen operations on vectors of bytes
+// for 16 outputs, where a row's product has a dozen; in return half as much comes from memory. Static, so that each
 // instruction set has its own: the vectors are as long as the longest, and compilers split them.
 static inline void expand_four_bits(const std::byte* group, std::byte* out) noexcept {
   using Bytes [[gnu::vector_size(kLanes * kQuad)]] = std::uint8_t;
