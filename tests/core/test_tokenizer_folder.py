@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
-from tokenizer_files import HARD_TEXTS, streamed, texts
+from tokenizer_files import HARD_TEXTS, frequent_characters, streamed, texts
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from realtime_serve.errors import ModelLoadError, UnsupportedModelError
@@ -102,7 +102,14 @@ def write_sentencepiece_folder(folder: Path, decoder: dict[str, Any]) -> Path:
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
     bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
     backend.pre_tokenizer = pre_tokenizers.Split("▁", behavior="merged_with_next")
-    trainer = trainers.BpeTrainer(vocab_size=700, limit_alphabet=90, special_tokens=bytes_, show_progress=False)
+    alphabet = frequent_characters(HARD_TEXTS, 90)
+    trainer = trainers.BpeTrainer(
+        vocab_size=700,
+        initial_alphabet=alphabet,
+        limit_alphabet=len(alphabet),
+        special_tokens=bytes_,
+        show_progress=False,
+    )
     backend.train_from_iterator(HARD_TEXTS * 2, trainer)
     backend.pre_tokenizer = None
     backend.save(str(folder / "tokenizer.json"))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,12 @@ def streamed(tokens: list[bytes]) -> str:
     """The text of tokens that come one by one, as it is sent to a client."""
     detokenizer = _core.Detokenizer()
     return "".join([detokenizer.push(token) for token in tokens]) + detokenizer.flush()
+
+
+def frequent_characters(texts: Iterable[str], count: int) -> list[str]:
+    """The alphabet of a vocabulary: a trainer that chooses it itself chooses at random among the equally frequent."""
+    counts = Counter("".join(texts).replace(" ", "▁"))
+    return sorted(counts, key=lambda character: (-counts[character], character))[:count]
 
 
 # A text of each kind that tokenizers differ in.
