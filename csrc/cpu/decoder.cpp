@@ -177,9 +177,11 @@ void Decoder::run(std::size_t thread) {
   };
   const Products head = {{&weights_.head(), logits_, spec_.vocabulary}};
 
+  std::size_t rows = tokens;
   const NormWeights* left = nullptr;  // the post-norm of the branch before
   for (std::size_t i = 0; i < spec_.layers; ++i) {
     const LayerWeights& layer = weights_.layer(i);
+    const bool is_last = i + 1 == spec_.layers;
     const Products output = into_x(layer.output, layer.attention_post_norm);
     const Products up = {{&layer.up, inner_, inner, spec_.activation}};
     const Products down = into_x(layer.down, layer.mlp_post_norm);
@@ -192,30 +194,46 @@ void Decoder::run(std::size_t thread) {
     SharedWork& turned = *attention_work++;
     SharedWork& attended = *attention_work++;
     attend(thread, i, turned, attended);
+    if (is_last) {
+      rows = shape_.samples;
+      if (thread == 0) keep_sampled_rows();
+    }
+    threads_.wait_for_all();
+    if (rows == 0) return;
+
+    input = quantize_rows(thread, queries, rows, false, [&](std::size_t row) -> const float* {
+      return attended_ + (is_last ? sampled_token(row) : row) * queries;
+    });
+    multiply(thread, *work++, output, up, input, rows);
     threads_.wait_for_all();
 
-    input = quantize_rows(thread, queries, tokens, false,
-                          [&](std::size_t row) -> const float* { return attended_ + row * queries; });
-    multiply(thread, *work++, output, up, input, tokens);
-    threads_.wait_for_all();
-
-    input = quantize_rows(thread, hidden, tokens, static_cast<bool>(layer.attention_post_norm),
+    input = quantize_rows(thread, hidden, rows, static_cast<bool>(layer.attention_post_norm),
                           normalised(layer.mlp_norm, &layer.attention_post_norm));
-    multiply(thread, *work++, up, down, input, tokens);
+    multiply(thread, *work++, up, down, input, rows);
     threads_.wait_for_all();
 
-    input = quantize_rows(thread, spec_.intermediate, tokens, false,
+    input = quantize_rows(thread, spec_.intermediate, rows, false,
                           [&](std::size_t row) -> const float* { return inner_ + row * inner; });
-    multiply(thread, *work++, down, i + 1 < spec_.layers ? attention_inputs(i + 1) : head, input, tokens);
+    multiply(thread, *work++, down, is_last ? head : attention_inputs(i + 1), input, rows);
     threads_.wait_for_all();
     left = &layer.mlp_post_norm;
   }
 
   const QuantizedRows input =
-      quantize_rows(thread, hidden, shape_.samples, left != nullptr && *left, [&](std::size_t sample) -> const float* {
-        return normalised(weights_.norm(), left)(static_cast<std::size_t>(batch_.logits_at[sample]));
-      });
-  multiply(thread, *work, head, attention_inputs(0), input, shape_.samples);
+      quantize_rows(thread, hidden, rows, static_cast<bool>(*left), normalised(weights_.norm(), left));
+  multiply(thread, *work, head, attention_inputs(0), input, rows);
+}
+
+std::size_t Decoder::sampled_token(std::size_t sample) const {
+  return static_cast<std::size_t>(batch_.logits_at[sample]);
+}
+
+// Behind the last layer's keys and values only the rows that are sampled count: they become the first of x, which is a
+// thirtieth less to compute of a prompt for a model of 30 layers.
+void Decoder::keep_sampled_rows() {
+  for (std::size_t sample = 0; sample < shape_.samples; ++sample) {
+    std::copy_n(x_ + sampled_token(sample) * spec_.hidden, spec_.hidden, x_ + sample * spec_.hidden);
+  }
 }
 
 Decoder::Products Decoder::attention_inputs(std::size_t layer) const {

@@ -58,6 +58,8 @@ class Decoder final : public NativeModel {
   QuantizedRows quantize_rows(std::size_t thread, std::size_t columns, std::size_t rows, bool is_once, RowOf&& row_of);
   void normalise(const NormWeights& norm, const float* x, std::size_t size, float* out) const;
   void add_branch(const NormWeights& post_norm, std::size_t row);
+  std::size_t sampled_token(std::size_t sample) const;
+  void keep_sampled_rows();
 
   const DecoderSpec spec_;
   const DecoderWeights& weights_;

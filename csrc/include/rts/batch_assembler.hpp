@@ -17,7 +17,7 @@ struct StepBuffers {
   std::int32_t* context_len = nullptr;  // [R] positions after the step
   std::int32_t* rows = nullptr;         // [R] of block_table
   std::int32_t* block_table = nullptr;  // [max_sequences × blocks of a full context], kept from step to step
-  std::int64_t* logits_at = nullptr;    // [samples] indices into the T tokens
+  std::int64_t* logits_at = nullptr;    // [samples] indices into the T tokens, ascending
 };
 
 // Writes a plan as flat arrays. A sequence keeps its row of the block table for as long as it runs, so only the blocks
