@@ -22,6 +22,7 @@ class DrivenSequence:
     row: int
     blocks: list[int] = field(default_factory=list)
     logits: list[Float32] = field(default_factory=list)
+    """NaN where they were not wanted."""
 
     @property
     def remaining(self) -> int:
@@ -29,10 +30,13 @@ class DrivenSequence:
 
 
 class StepDriver:
-    """Owns the blocks and the rows of the block table, both handed out in random order."""
+    """Owns the blocks and the rows of the block table, both handed out in random order.
 
-    def __init__(self, runner: Runner, *, max_batch_size: int, seed: int = 0) -> None:
+    Steps want logits of every token, or of this part of them."""
+
+    def __init__(self, runner: Runner, *, max_batch_size: int, seed: int = 0, wanted: float = 1.0) -> None:
         self._runner = runner
+        self._wanted = wanted
         self._random = random.Random(seed)
         self._free_blocks = self._random.sample(range(runner.num_blocks), runner.num_blocks)
         self._free_rows = self._random.sample(range(max_batch_size), max_batch_size)
@@ -55,13 +59,22 @@ class StepDriver:
             self.step([(s, self._random.randint(1, min(max_chunk, s.remaining))) for s in chosen])
 
     def step(self, work: Sequence[tuple[DrivenSequence, int]]) -> None:
-        """Computes that many next tokens of each sequence, and keeps the logits of every one."""
+        """Computes that many next tokens of each sequence, and keeps the logits that are wanted."""
         batch = self.batch(work)
-        batch.sample = lambda logits: _keep_logits(work, logits.copy())
+        of_all = np.full((len(batch.tokens), len(self._runner.vocabulary_tokens)), np.nan, np.float32)
+
+        def keep(logits: Float32) -> None:
+            of_all[batch.logits_at] = logits
+
+        batch.sample = keep
         self._runner.step(batch)
+        first = 0
+        for sequence, count in work:
+            sequence.logits += list(of_all[first : first + count])
+            first += count
 
     def batch(self, work: Sequence[tuple[DrivenSequence, int]]) -> StepBatch:
-        """The step's arrays, with logits wanted at every token."""
+        """The step's arrays."""
         block_size = self._runner.block_size
         starts = [len(sequence.logits) for sequence, _ in work]
         ends = [start + count for start, (_, count) in zip(starts, work, strict=True)]
@@ -71,6 +84,7 @@ class StepDriver:
             self._block_table[sequence.row, : len(sequence.blocks)] = sequence.blocks
         spans = [(s, range(start, end)) for (s, _), start, end in zip(work, starts, ends, strict=True)]
         total = sum(len(span) for _, span in spans)
+        wanted = [token for token in range(total) if self._random.random() < self._wanted]
         return StepBatch(
             tokens=np.array([s.tokens[p] for s, span in spans for p in span], np.int32),
             positions=np.array([p for _, span in spans for p in span], np.int32),
@@ -81,15 +95,8 @@ class StepDriver:
             context_len=np.array(ends, np.int32),
             rows=np.array([s.row for s, _ in spans], np.int32),
             block_table=self._block_table,
-            logits_at=np.arange(total, dtype=np.int64),
-            sampled=np.zeros(total, np.int32),
-            logprobs=np.zeros(total, np.float32),
+            logits_at=np.array(wanted, np.int64),
+            sampled=np.zeros(len(wanted), np.int32),
+            logprobs=np.zeros(len(wanted), np.float32),
             sample=lambda logits: None,
         )
-
-
-def _keep_logits(work: Sequence[tuple[DrivenSequence, int]], logits: Float32) -> None:
-    row = 0
-    for sequence, count in work:
-        sequence.logits += list(logits[row : row + count])
-        row += count

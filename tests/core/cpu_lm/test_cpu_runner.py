@@ -44,8 +44,10 @@ def random_tokens(seed: int, lengths: Sequence[int]) -> list[list[int]]:
     return [[numbers.randrange(VOCABULARY) for _ in range(length)] for length in lengths]
 
 
-def drive(runner: CpuLM, prompts: Sequence[Sequence[int]], *, max_chunk: int, seed: int = 0) -> list[DrivenSequence]:
-    driver = StepDriver(runner, max_batch_size=MAX_BATCH_SIZE, seed=seed)
+def drive(
+    runner: CpuLM, prompts: Sequence[Sequence[int]], *, max_chunk: int, seed: int = 0, wanted: float = 1.0
+) -> list[DrivenSequence]:
+    driver = StepDriver(runner, max_batch_size=MAX_BATCH_SIZE, seed=seed, wanted=wanted)
     sequences = [driver.add(prompt) for prompt in prompts]
     driver.run(sequences, max_chunk=max_chunk)
     return sequences
@@ -111,6 +113,22 @@ def test_a_sequence_is_the_same_to_the_bit_however_it_is_driven(tmp_path: Path, 
         sequences = drive(load(tmp_path, threads=threads), prompts, max_chunk=max_chunk, seed=max_chunk)
         for sequence, whole in zip(sequences, expected, strict=True):
             np.testing.assert_array_equal(np.stack(sequence.logits), whole)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_is_not_wanted_changes_nothing(tmp_path: Path, family: str) -> None:
+    """Some steps here want no logits at all."""
+    save_tiny_model(tmp_path, family)
+    prompts = random_tokens(3, [1, 17, 75, 200])
+    expected = [alone(load(tmp_path), prompt) for prompt in prompts]
+    sequences = drive(load(tmp_path, threads=2), prompts, max_chunk=40, wanted=0.05)
+    kept = 0
+    for sequence, whole in zip(sequences, expected, strict=True):
+        logits = np.stack(sequence.logits)
+        wanted = ~np.isnan(logits[:, 0])
+        kept += np.count_nonzero(wanted)
+        np.testing.assert_array_equal(logits[wanted], whole[wanted])
+    assert 0 < kept < 40
 
 
 def test_a_poisoned_sequence_harms_neither_its_neighbours_nor_who_gets_its_blocks(tmp_path: Path) -> None:
