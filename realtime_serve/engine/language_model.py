@@ -14,6 +14,7 @@ from realtime_serve.runners.base import Runner
 
 log = logging.getLogger(__name__)
 
+_MOST_THREADS = 1024
 _ENGINES = ("auto", "native", "torch")
 
 
@@ -34,15 +35,23 @@ class ModelOptions:
             raise ConfigError(f"model option {key} must be a number, 0 or more; it is {value!r}")
         return number
 
+    def whole(self, key: str, *, most: int = 1 << 40) -> int:
+        number = self.number(key, 0.0)
+        if not number.is_integer():
+            raise ConfigError(f"model option {key} must be a whole number; it is {number:.15g}")
+        if number > most:
+            raise ConfigError(f"model option {key} must be at most {most}; it is {number:.15g}")
+        return int(number)
+
+    def optional(self, key: str) -> int | None:
+        return self.whole(key) if key in self._options else None
+
     def choice(self, key: str, choices: tuple[str, ...]) -> str:
         """The first of them is the default."""
         value = self._options.pop(key, choices[0])
         if value not in choices:
             raise ConfigError(f"model option {key} must be one of {', '.join(choices)}; it is {value!r}")
         return str(value)
-
-    def optional(self, key: str) -> int | None:
-        return int(self.number(key, 0.0)) if key in self._options else None
 
     def refuse_others(self) -> None:
         if self._options:
@@ -53,9 +62,9 @@ def load_language_model(model: ModelConfig, limits: EngineLimits, path: Path) ->
     """Raises ServeError with one line for a person where it cannot be served."""
     options = ModelOptions(model)
     engine = options.choice("engine", _ENGINES)
-    threads = int(options.number("threads", 0.0))
+    threads = options.whole("threads", most=_MOST_THREADS)
     memory: dict[str, Any] = {
-        "kv_cache_mb": int(options.number("kv_cache_mb", 0.0)) or None,
+        "kv_cache_mb": options.whole("kv_cache_mb") or None,
         "prefix_cache_mb": options.optional("prefix_cache_mb"),
     }
     options.refuse_others()
