@@ -36,6 +36,7 @@ Plan* Scheduler::schedule(std::int64_t now_ns) {
   make_room(now_ns);
   plan->rows.clear();
   plan->tokens = plan->samples = 0;
+  plan->prompts = {};
   add_decoding(*plan);
   plan->decoding = plan->tokens;
   add_prompts(*plan, now_ns);
@@ -62,10 +63,12 @@ void Scheduler::add_decoding(Plan& plan) {
   }
 }
 
-// Max-min fair: in the order of what they have left, each gets an even part of what those before it have left over.
+// Max-min fair, in positions and in time: in the order of what they have left, each gets an even part of what those
+// before it have left over.
 void Scheduler::add_prompts(Plan& plan, std::int64_t now_ns) {
-  std::uint32_t left = prompt_budget(plan);
-  const std::uint32_t part = std::max(1U, config_.token_budget / kPromptsAtOnce);
+  auto [left, left_ns] = prompt_budget(plan);
+  const std::uint32_t positions_at_once = cost_.positions_within(left_ns, 0, left);
+  const std::uint32_t part = std::max(1U, positions_at_once / kPromptsAtOnce);
   std::uint32_t claimed = 0;
   prompts_.clear();
   const auto add = [&](Sequence& sequence) {
@@ -79,7 +82,7 @@ void Scheduler::add_prompts(Plan& plan, std::int64_t now_ns) {
     if (runnable(*sequence) > 1) add(*sequence);
   }
   // New ones, in the heap's order: nobody overtakes one that does not fit yet, so that large requests do not starve.
-  while (claimed < left) {
+  while (claimed < positions_at_once) {
     Sequence* const* next = waiting_.peek(now_ns);
     if (next == nullptr || !admit(**next, now_ns)) break;
     Sequence& admitted = **waiting_.pop(now_ns);
@@ -87,28 +90,32 @@ void Scheduler::add_prompts(Plan& plan, std::int64_t now_ns) {
   }
   auto sharing = static_cast<std::uint32_t>(prompts_.size());
   for (const Prompt& prompt : prompts_) {
-    const std::uint32_t even = (left + sharing - 1) / sharing;
+    const std::uint32_t start = prompt.sequence->scheduled, even = (left + sharing - 1) / sharing;
+    const std::uint32_t in_time = std::max(1U, cost_.positions_within(left_ns / sharing, start, even));
     --sharing;
-    const std::uint32_t positions = memory_.reach(*prompt.sequence, std::min(prompt.left, even));
+    const std::uint32_t positions = memory_.reach(*prompt.sequence, std::min({prompt.left, even, in_time}));
     if (positions == 0) continue;
     add_row(plan, *prompt.sequence, positions);
+    const PromptWork work(start, positions);
     left -= positions;
+    left_ns -= cost_.prompts_ns(work);
+    plan.prompts += work;
   }
 }
 
-std::uint32_t Scheduler::prompt_budget(const Plan& plan) const {
+Scheduler::PromptBudget Scheduler::prompt_budget(const Plan& plan) const {
   const std::uint32_t left = config_.token_budget - plan.tokens;
-  if (plan.decoding == 0) return left;
-  std::int64_t target_ns = config_.target_step_ns;
-  if (target_ns == 0) {
+  if (plan.decoding == 0) return {left, std::max(kMostAloneNs, cost_.prompts_ns({0, kLeastAlone}))};
+  if (cost_.needs_decoding_alone()) return {0, 0.0};
+  const double decode_ns = cost_.decode_ns(plan.decoding);
+  double ns = static_cast<double>(config_.target_step_ns) - decode_ns;
+  if (config_.target_step_ns == 0) {
     const std::size_t places = config_.max_sequences - running_.size();
     const std::size_t prompts = running_.size() - plan.decoding + std::min(waiting_.size(), places);
     const double share = kPromptShare * static_cast<double>(prompts) / plan.decoding;
-    target_ns = static_cast<std::int64_t>(cost_.decode_ns(plan.decoding) *
-                                          (1 + std::clamp(share, kLeastPromptShare, kMostPromptShare)));
+    ns = decode_ns * std::clamp(share, kLeastPromptShare, kMostPromptShare);
   }
-  const std::uint32_t within = cost_.prompt_positions_within(target_ns, plan.decoding, left);
-  return std::min(left, std::max(within, kLeastPrompt));
+  return {std::min(left, cost_.most_beside_decoding()), std::max(ns, cost_.prompts_ns({0, kLeastPrompt}))};
 }
 
 // Preempts until those that run can grow. Before the step is planned, so that no plan names who is preempted.

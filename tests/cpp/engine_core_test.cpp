@@ -307,9 +307,10 @@ TEST_F(EngineCoreTest, AFailedStepEndsItsSequencesOnly) {
     EXPECT_EQ(table_.error(slots[static_cast<std::size_t>(i)]), StreamError::kModelFailed);
   }
   table_.pause(slots[3], false);
+  step();  // the first of those that decode is alone, so that it is known what one takes
   step();
   step();
-  EXPECT_EQ(read(slots[3]), "bcd");
+  EXPECT_EQ(read(slots[3]), "bcde");
   EXPECT_EQ(read(waiting), "gh");
   EXPECT_EQ(table_.finish(waiting), FinishReason::kLength);
   slots.push_back(waiting);

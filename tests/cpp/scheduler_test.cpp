@@ -645,55 +645,106 @@ TEST(Scheduler, WhatAPreemptedOneHadIsNotComputedAgain) {
   EXPECT_EQ(low.cached_tokens, 0U) << "that is for what others computed";
 }
 
-TEST(Scheduler, PromptsTakeWhatKeepsAStepWithinItsTime) {
-  SchedulerConfig config = small();
-  config.max_context = 1000;
-  config.num_blocks = 1000;
-  config.token_budget = 100;
-  config.target_step_ns = 30 * kMs;
-  Engine engine(config);
-  engine.add(1, 900);
-  for (int i = 0; i < 40; ++i) {  // 10 ms, and half a millisecond a position
-    Plan* plan = engine.schedule();
-    engine.commit(*plan);
-    engine.scheduler.observe(*plan, 10 * kMs + (plan->tokens - plan->decoding) * kMs / 2);
-    if (i % 4 == 0) engine.add(5 + static_cast<std::uint32_t>(i % 7), 1);
-  }
-  Sequence& large = engine.add(500, 1);
-  while (large.scheduled == 0) engine.step();
+// Where a step takes 10 ms, and half a millisecond a position of prompts.
+void timed_step(Engine& engine) {
   Plan* plan = engine.schedule();
-  ASSERT_EQ(plan->decoding, 1U);
-  EXPECT_NEAR(plan->tokens - plan->decoding, 40, 2);
+  engine.commit(*plan);
+  engine.scheduler.observe(*plan, 10 * kMs + plan->prompts.positions * kMs / 2);
 }
 
-// Where nobody says how long a step may take: by how long it takes without prompts, and how many of these there are.
-TEST(Scheduler, PromptsTakeMoreOfAStepWhereMoreWaitThanRun) {
+SchedulerConfig large_contexts(std::uint32_t token_budget) {
   SchedulerConfig config = small();
   config.max_sequences = 16;
   config.max_context = 1000;
   config.num_blocks = 1000;
-  config.token_budget = 200;
+  config.token_budget = token_budget;
+  return config;
+}
+
+TEST(Scheduler, PromptsTakeWhatKeepsAStepWithinItsTime) {
+  SchedulerConfig config = large_contexts(100);
+  config.target_step_ns = 30 * kMs;
+  Engine engine(config);
+  engine.add(1, 900);
+  for (int i = 0; i < 40; ++i) {
+    timed_step(engine);
+    if (i % 4 == 0) engine.add(5 + static_cast<std::uint32_t>(i % 7), 1);
+  }
+  const Sequence& large = engine.add(500, 1);
+  while (large.scheduled < 100) timed_step(engine);  // chunks grow by doubling
+  Plan* plan = engine.schedule();
+  ASSERT_EQ(plan->decoding, 1U);
+  EXPECT_NEAR(plan->prompts.positions, 40, 2);
+}
+
+// Where nobody says how long a step may take: by how long it takes without prompts, and how many of these there are.
+TEST(Scheduler, PromptsTakeMoreOfAStepWhereMoreWaitThanRun) {
   // Of a step in which `streams` decode.
-  const auto positions_beside = [&](std::uint32_t streams, int prompts) {
-    Engine engine(config);
+  const auto positions_beside = [](std::uint32_t streams, int prompts) {
+    Engine engine(large_contexts(200));
     for (std::uint32_t i = 0; i < streams; ++i) engine.add(1, 900);
-    for (int i = 0; i < 60; ++i) {  // 10 ms, and half a millisecond a position
-      Plan* plan = engine.schedule();
-      engine.commit(*plan);
-      engine.scheduler.observe(*plan, 10 * kMs + (plan->tokens - plan->decoding) * kMs / 2);
+    for (int i = 0; i < 60; ++i) {
+      timed_step(engine);
       if (i % 4 == 0) engine.add(5 + static_cast<std::uint32_t>(i % 7), 1);
     }
     while (engine.step() > streams) {
     }
     for (int i = 0; i < prompts; ++i) engine.add(300, 1);
-    Plan* plan = engine.schedule();
+    for (int i = 0; i < 5; ++i) timed_step(engine);  // chunks grow by doubling
+    const Plan* plan = engine.schedule();
     EXPECT_EQ(plan->decoding, streams);
-    return plan->tokens - plan->decoding;
+    return plan->prompts.positions;
   };
-  EXPECT_NEAR(positions_beside(4, 1), 12, 2);   // 6 ms
+  EXPECT_NEAR(positions_beside(4, 1), 16, 2);   // 8 ms
   EXPECT_NEAR(positions_beside(4, 4), 40, 4);   // 20 ms
   EXPECT_NEAR(positions_beside(4, 6), 60, 6);   // 30 ms
   EXPECT_NEAR(positions_beside(2, 12), 80, 8);  // 40 ms, the most
+}
+
+TEST(Scheduler, AShortPromptIsReadBesideALongOneAndNotBehindIt) {
+  Engine engine(large_contexts(200));
+  engine.add(1, 900);
+  for (int i = 0; i < 10; ++i) timed_step(engine);
+  engine.add(5, 1);
+  for (int i = 0; i < 10; ++i) timed_step(engine);
+  const Sequence& large = engine.add(900, 1);
+  for (int i = 0; i < 5; ++i) timed_step(engine);
+  ASSERT_GT(large.scheduled, 0U);
+  const Sequence& small = engine.add(8, 1);
+  for (int i = 0; i < 2; ++i) timed_step(engine);
+  EXPECT_EQ(small.finish, FinishReason::kLength);
+  EXPECT_LT(large.scheduled, 400U);
+}
+
+// Where nobody decodes: a request that comes meanwhile waits for the step's end.
+TEST(Scheduler, AStepOfPromptsAloneTakesNoLongerThanAFifthOfASecond) {
+  Engine engine(large_contexts(1000));
+  for (const std::uint32_t prompt : {100U, 300U}) {
+    engine.add(prompt, 3);
+    for (int i = 0; i < 3; ++i) timed_step(engine);
+  }
+  engine.add(900, 1);
+  const std::uint32_t positions = engine.schedule()->prompts.positions;
+  EXPECT_GT(positions, 200U);
+  EXPECT_LE(positions, 400U);
+}
+
+// Now and then who decodes has a step alone, or it would not be known any more what one takes.
+TEST(Scheduler, SomeStepsReadNoPrompts) {
+  Engine engine(large_contexts(200));
+  engine.add(1, 900);
+  engine.add(100, 1);
+  std::vector<std::uint32_t> positions;
+  for (int i = 0; i < 200; ++i) {
+    if (i % 10 == 1) engine.add(900, 1);  // there is always one
+    Plan* plan = engine.schedule();
+    positions.push_back(plan->prompts.positions);
+    engine.commit(*plan);
+    engine.scheduler.observe(*plan, 10 * kMs + plan->prompts.positions * kMs / 2);
+  }
+  const auto alone = std::ranges::count(positions, 0U);
+  EXPECT_GE(alone, 5);
+  EXPECT_LE(alone, 10);
 }
 
 // A server's life under a simulated clock: random arrivals, cancels, pauses, failures and accepted tokens, with one or

@@ -44,7 +44,8 @@ struct Plan {
   std::vector<PlanRow> rows;
   std::uint32_t tokens = 0;    // positions of all rows
   std::uint32_t samples = 0;   // rows that sample
-  std::uint32_t decoding = 0;  // rows of sequences that decode; the others' positions are prompts'
+  std::uint32_t decoding = 0;  // rows of sequences that decode; those behind them are prompts'
+  PromptWork prompts;
   bool in_use = false;
 };
 
@@ -79,9 +80,7 @@ class Scheduler {
   void commit(Plan& plan, std::span<const std::int32_t> sampled, std::span<const std::uint32_t> counts);
 
   // What the step of a committed plan took.
-  void observe(const Plan& plan, std::int64_t step_ns) {
-    cost_.observe(plan.decoding, plan.tokens - plan.decoding, step_ns);
-  }
+  void observe(const Plan& plan, std::int64_t step_ns) { cost_.observe(plan.decoding, plan.prompts, step_ns); }
   // The model failed in this plan, the only one in flight, which is still to be committed: what it was to compute is
   // not there.
   void retract(const Plan& plan);
@@ -100,15 +99,23 @@ class Scheduler {
   // What prompts may take of a step, as a multiple of what its streams take: twice as many times as there are more of
   // them, within bounds. One long prompt keeps the pace of all streams; where many wait for few, they are not held up
   // for these: of 32 that come at once, half had to wait 1.9 s for their first token.
-  static constexpr double kPromptShare = 2.0, kLeastPromptShare = 0.6, kMostPromptShare = 4.0;
-  // Positions of prompts that a step reads in any case.
-  static constexpr std::uint32_t kLeastPrompt = 4;
-  // Prompts that are read at the same time get at least this part of the budget each, or what they have left.
+  static constexpr double kPromptShare = 2.0, kLeastPromptShare = 0.8, kMostPromptShare = 4.0;
+  // What prompts may take of a step in which nobody decodes: who comes meanwhile waits for its end.
+  static constexpr double kMostAloneNs = 200e6;
+  // Positions of prompts that a step reads in any case: beside streams, and where nobody decodes.
+  static constexpr std::uint32_t kLeastPrompt = 4, kLeastAlone = 64;
+  // Prompts that are read at the same time get at least this part of a step's positions each, or what they have left: a
+  // short one does not wait until a long one has been read.
   static constexpr std::uint32_t kPromptsAtOnce = 4;
 
   struct Prompt {
     Sequence* sequence;
     std::uint32_t left;  // positions that could be computed now
+  };
+  // What a step has for prompts.
+  struct PromptBudget {
+    std::uint32_t positions;
+    double ns;
   };
 
   std::uint32_t runnable(const Sequence& sequence) const;
@@ -119,7 +126,7 @@ class Scheduler {
   void preempt(Sequence& sequence);
   void add_decoding(Plan& plan);
   void add_prompts(Plan& plan, std::int64_t now_ns);
-  std::uint32_t prompt_budget(const Plan& plan) const;
+  PromptBudget prompt_budget(const Plan& plan) const;
   bool admit(Sequence& sequence, std::int64_t now_ns);
   void add_row(Plan& plan, Sequence& sequence, std::uint32_t count);
   void accept(Sequence& sequence, std::span<const std::int32_t> tokens);

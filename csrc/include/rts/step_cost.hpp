@@ -4,77 +4,101 @@
 #include <array>
 #include <cmath>
 #include <cstdint>
+#include <limits>
+
+#include "rts/linear_fit.hpp"
 
 namespace rts {
 
-// What a step takes, learned from those that were run: a constant, so much for each decoding sequence and so much for
-// each position of a prompt.
+// Of prompts, in a step.
+struct PromptWork {
+  std::uint32_t positions = 0;
+  std::uint64_t pairs = 0;  // of a position and one that it attends to
+
+  PromptWork() = default;
+  PromptWork(std::uint32_t start, std::uint32_t count) noexcept
+      : positions(count), pairs(std::uint64_t{count} * start + std::uint64_t{count} * (count + 1) / 2) {}
+
+  PromptWork& operator+=(const PromptWork& other) noexcept {
+    positions += other.positions;
+    pairs += other.pairs;
+    return *this;
+  }
+};
+
+// What a step takes, learned from those that were run: a constant and so much for each decoding sequence; and for
+// prompts so much a position, and so much for each that it attends to: at a context of 2,000 that is most of it.
 //
-// Recursive least squares with exponential forgetting (Haykin, "Adaptive Filter Theory", ch. 10), on numbers scaled to
-// about 1. A step that takes several times what was foreseen (a page fault, another program) counts as no more than
-// that, and what was learned of a weight that is not excited is kept: its uncertainty is bounded. A step without
-// prompts leaves what their positions cost as it is, which is then "considered" and not estimated (Schmidt,
-// "Application of State-Space Methods to Navigation Problems", 1966): noise would carry it away, and certainty with it.
+// What decoding takes is learned from steps without prompts alone, and then taken from the others before they tell what
+// prompts take. Where all four were fitted at once, a prompt that was read beside the same streams for seconds let its
+// growing cost pass for theirs, and who may be slowed down by a factor was slowed down ever more. A step that takes
+// several times what was foreseen (a page fault, another program) counts as no more than that.
 class StepCost {
  public:
-  void observe(std::uint32_t decoding, std::uint32_t prompt_positions, std::int64_t step_ns) noexcept {
-    const Vector x = features(decoding, prompt_positions);
-    double y = static_cast<double>(step_ns) / kUnitNs;
-    const double foreseen = dot(weights_, x);
-    if (observed_ >= kTrustedAfter) y = std::min(y, kOutlier * std::max(foreseen, kLeastMs));
-    ++observed_;
-
-    const std::size_t estimated = prompt_positions == 0 ? kPosition : kSize;
-    Vector gain{}, growth{1, 1, 1};
-    for (std::size_t i = 0; i < kSize; ++i) gain[i] = dot(covariance_[i], x);
-    const double scale = 1.0 / (kMemory + dot(x, gain));
-    for (std::size_t i = 0; i < estimated; ++i) weights_[i] += scale * gain[i] * (y - foreseen);
-    for (std::size_t i = 0; i < kSize; ++i) {
-      for (std::size_t j = 0; j < kSize; ++j) {
-        if (i < estimated || j < estimated) covariance_[i][j] -= scale * gain[i] * gain[j];
-      }
+  void observe(std::uint32_t decoding, const PromptWork& prompts, std::int64_t step_ns) noexcept {
+    double ms = static_cast<double>(step_ns) / kNsInMs;
+    const double foreseen = decoding_.at(of_decoding(decoding)) + prompts_.at(of_prompts(prompts));
+    if (is_known()) ms = std::min(ms, kOutlier * std::max(foreseen, kLeastMs));
+    if (prompts.positions == 0) {
+      decoding_.learn(of_decoding(decoding), ms);
+      since_decoding_alone_ = 0;
+      return;
     }
-    // Each weight's by itself: its rows and columns grow by as much, so that the matrix stays one of covariances.
-    for (std::size_t i = 0; i < estimated; ++i) {
-      growth[i] = std::sqrt(std::min(1 / kMemory, kMostUncertain / covariance_[i][i]));
-    }
-    for (std::size_t i = 0; i < kSize; ++i) {
-      for (std::size_t j = 0; j < kSize; ++j) covariance_[i][j] *= growth[i] * growth[j];
+    prompts_.learn(of_prompts(prompts), ms - decode_ns(decoding) / kNsInMs);
+    if (decoding > 0) {
+      ++since_decoding_alone_;
+      most_positions_ = std::max({kFirstPositions, 2 * prompts.positions, most_positions_ / 2});
     }
   }
 
   // Of a step without prompts.
   double decode_ns(std::uint32_t decoding) const noexcept {
-    return std::max(0.0, dot(weights_, features(decoding, 0))) * kUnitNs;
+    return std::max(0.0, decoding_.at(of_decoding(decoding))) * kNsInMs;
   }
-  // How many positions of prompts keep a step with so many decoding sequences within the time; `most` while too little
-  // is known, or where they cost nothing.
-  std::uint32_t prompt_positions_within(std::int64_t step_ns, std::uint32_t decoding,
-                                        std::uint32_t most) const noexcept {
-    const double each_ns = weights_[kPosition] / kPositions * kUnitNs;
-    if (observed_ < kTrustedAfter || each_ns <= 0) return most;
-    const double positions = (static_cast<double>(step_ns) - decode_ns(decoding)) / each_ns;
-    return static_cast<std::uint32_t>(std::clamp(positions, 0.0, static_cast<double>(most)));
+
+  // What prompts add to that.
+  double prompts_ns(const PromptWork& prompts) const noexcept {
+    return std::max(0.0, prompts_.at(of_prompts(prompts))) * kNsInMs;
+  }
+
+  // Whether it is time for a step without prompts, or it would not be known any more what one takes.
+  bool needs_decoding_alone() const noexcept {
+    return since_decoding_alone_ >= kMostTogether || (prompts_.observations() > 0 && decoding_.observations() == 0);
+  }
+
+  // How many positions of a prompt, from `start` on, take so long; `most` while too little is known.
+  std::uint32_t positions_within(double ns, std::uint32_t start, std::uint32_t most) const noexcept {
+    const auto [position, pair] = prompts_.weights();
+    const double each_ms = position / kPositions, deeper_ms = std::max(0.0, pair / kPairs);
+    const double first_ms = each_ms + deeper_ms * start, ms = std::max(0.0, ns / kNsInMs);
+    if (!is_known() || first_ms <= 0) return most;
+    // n · first + n² / 2 · deeper = ms
+    const double root = std::sqrt(first_ms * first_ms + 2 * deeper_ms * ms);
+    return static_cast<std::uint32_t>(std::min(2 * ms / (first_ms + root), static_cast<double>(most)));
+  }
+
+  // Twice as many positions as were lately read beside decoding sequences: where they take more than is foreseen, that
+  // shows in time.
+  std::uint32_t most_beside_decoding() const noexcept {
+    return is_known() ? most_positions_ : std::numeric_limits<std::uint32_t>::max();
   }
 
  private:
-  static constexpr std::size_t kSize = 3, kPosition = 2;  // weights, and which of them is a position's
-  using Vector = std::array<double, kSize>;
-
-  static constexpr double kUnitNs = 1e6, kDecoding = 32, kPositions = 512;  // what the numbers are scaled by
-  static constexpr double kMemory = 0.98;                                   // half is forgotten in 34 steps
-  static constexpr double kMostUncertain = 1e4;
+  static constexpr double kNsInMs = 1e6;
+  static constexpr double kDecoding = 32, kPositions = 512, kPairs = 512 * 1024;  // to scale numbers to about 1
   static constexpr double kOutlier = 4, kLeastMs = 0.05;
-  static constexpr std::uint64_t kTrustedAfter = 8;
+  static constexpr std::uint32_t kMostTogether = 32;  // steps with prompts: one without costs them 3 %
+  static constexpr std::uint32_t kFirstPositions = 16;
 
-  static double dot(const Vector& a, const Vector& b) noexcept { return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]; }
-  static Vector features(std::uint32_t decoding, std::uint32_t positions) noexcept {
-    return {1.0, decoding / kDecoding, positions / kPositions};
+  static LinearFit::Vector of_decoding(std::uint32_t decoding) noexcept { return {1.0, decoding / kDecoding}; }
+  static LinearFit::Vector of_prompts(const PromptWork& prompts) noexcept {
+    return {prompts.positions / kPositions, static_cast<double>(prompts.pairs) / kPairs};
   }
+  bool is_known() const noexcept { return decoding_.observations() > 0 && prompts_.observations() > 0; }
 
-  Vector weights_{};
-  std::array<Vector, kSize> covariance_{{{1e4, 0, 0}, {0, 1e4, 0}, {0, 0, 1e4}}};
-  std::uint64_t observed_ = 0;
+  LinearFit decoding_, prompts_;
+  std::uint32_t since_decoding_alone_ = 0;
+  std::uint32_t most_positions_ = kFirstPositions;
 };
 
 }  // namespace rts
