@@ -96,10 +96,12 @@ class Scheduler {
 
  private:
   static constexpr std::uint32_t kPlansInFlight = 2;
-  // What prompts may take of a step, as a multiple of what its streams take: twice as many times as there are more of
-  // them, within bounds. One long prompt keeps the pace of all streams; where many wait for few, they are not held up
-  // for these: of 32 that come at once, half had to wait 1.9 s for their first token.
-  static constexpr double kPromptShare = 2.0, kLeastPromptShare = 0.8, kMostPromptShare = 4.0;
+  // What prompts may take of a step, as a multiple of what its streams take: a prompt counts for four streams, within
+  // bounds. The least keeps the pace of all streams where one long prompt is read; where many wait for few, they are
+  // not held up for these: of 32 that came at once, half had to wait 1.9 s for their first token. At 0.35 as the least,
+  // a prompt of 2,000 beside 8 streams took 10 s instead of 2, and the next ones that came meanwhile slowed steps all
+  // the same; at 0.9 it takes 5, and gaps of the streams are as long.
+  static constexpr double kPromptShare = 4.0, kLeastPromptShare = 0.9, kMostPromptShare = 4.0;
   // What prompts may take of a step in which nobody decodes: who comes meanwhile waits for its end.
   static constexpr double kMostAloneNs = 200e6;
   // Positions of prompts that a step reads in any case: beside streams, and where nobody decodes.
