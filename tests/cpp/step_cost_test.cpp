@@ -107,7 +107,7 @@ TEST(StepCost, ALongPromptDoesNotSlowStreamsDownMoreAndMore) {
       if (prompt > 1) {
         const PromptWork work(start, positions);
         const double taken = learner.machine.position_ns * work.positions + 450.0 * static_cast<double>(work.pairs);
-        ASSERT_LT(taken, 1.2 * learner.machine.alone(8)) << "from " << start;
+        ASSERT_LT(taken, 1.4 * learner.machine.alone(8)) << "from " << start;
       }
       start += positions;
     }
@@ -158,6 +158,21 @@ TEST(StepCost, IsStableWhereNothingCanBeToldApart) {
   EXPECT_NEAR(learner.cost.prompts_ns(same), 1.6 * kMs + 16'136 * 400.0, 1 * kMs);
 }
 
+// Eight streams for hours, and now and then for a step seven: what so few steps tell of a stream's cost is mostly
+// noise, and must not be carried on to two.
+TEST(StepCost, RareStepsTellLittle) {
+  Learner learner{.machine = {.noise = 0.2}};
+  learner.step(0, {0, 64});
+  for (int i = 0; i < 200; ++i) learner.step(static_cast<std::uint32_t>(1 + i % 8));
+  for (int i = 0; i < 20'000; ++i) {
+    learner.step(i % 60 == 0 ? 7 : 8);
+    for (const std::uint32_t streams : {2U, 7U, 12U}) {
+      const double alone = learner.machine.alone(streams);
+      ASSERT_NEAR(learner.cost.decode_ns(streams), alone, 0.7 * alone) << streams << " streams at " << i;
+    }
+  }
+}
+
 // Streams alone for hours, and then prompts that take ten times as long as they did (another load): that must be seen
 // within a few of them, for until then they hold up all streams.
 TEST(StepCost, LearnsAnewWhatPromptsTake) {
@@ -167,7 +182,7 @@ TEST(StepCost, LearnsAnewWhatPromptsTake) {
   learner.machine.position_ns *= 10;
   std::uint32_t positions = 0;
   for (int i = 0; i < 12; ++i) positions = learner.read(8, 0, 1.0);
-  EXPECT_LE(positions, 12U);
+  EXPECT_LE(positions, 16U);
   for (int i = 0; i < 40; ++i) {
     if (const std::uint32_t read = learner.read(8, 0, 1.0); read > 0) positions = read;
   }

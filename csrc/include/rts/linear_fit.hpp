@@ -1,40 +1,56 @@
 #pragma once
 
+#include <algorithm>
 #include <array>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 
 namespace rts {
 
-// y as a weighted sum of two numbers, learned from what was seen, the latest most: least squares with exponential
-// forgetting (Haykin, "Adaptive Filter Theory", ch. 10), and with a penalty on leaving the weights that were found
-// before. So a weight that the latest do not tell stays as it was; and as the sums are kept, not their inverse, which
-// rounding can make indefinite, the weights are finite. Numbers are to be scaled to about 1.
+// y as a weighted sum of two numbers, learned from what was seen, the latest most: recursive least squares with
+// exponential forgetting (Haykin, "Adaptive Filter Theory", ch. 10). Numbers are to be scaled so that each accounts for
+// about as much of y, of which a fifth is taken for noise: what little tells of a weight changes it little, and what
+// was learned of one that nothing tells of is kept, for its uncertainty is bounded.
 class LinearFit {
  public:
   using Vector = std::array<double, 2>;
 
   void learn(const Vector& x, double y) noexcept {
     ++observations_;
-    xx_ = kMemory * xx_ + x[0] * x[0];
-    xz_ = kMemory * xz_ + x[0] * x[1];
-    zz_ = kMemory * zz_ + x[1] * x[1];
-    for (std::size_t i = 0; i < 2; ++i) xy_[i] = kMemory * xy_[i] + x[i] * y;
-    const double a = xx_ + kPenalty, d = zz_ + kPenalty, determinant = a * d - xz_ * xz_;
-    const Vector right = {xy_[0] + kPenalty * weights_[0], xy_[1] + kPenalty * weights_[1]};
-    weights_ = {(d * right[0] - xz_ * right[1]) / determinant, (a * right[1] - xz_ * right[0]) / determinant};
+    const Vector px = {dot(covariance_[0], x), dot(covariance_[1], x)};
+    const double scale = 1.0 / (1.0 + dot(x, px)), error = y - at(x);
+    const Vector gain = {scale * px[0], scale * px[1]};
+    for (std::size_t i = 0; i < 2; ++i) weights_[i] += gain[i] * error;
+    // In Joseph's form, (1 - gain xᵀ) P (1 - gain xᵀ)ᵀ + gain gainᵀ: rounding cannot make it indefinite.
+    Matrix keeps = {{{1 - gain[0] * x[0], -gain[0] * x[1]}, {-gain[1] * x[0], 1 - gain[1] * x[1]}}}, after;
+    for (std::size_t i = 0; i < 2; ++i) {
+      const Vector row = {keeps[i][0] * covariance_[0][0] + keeps[i][1] * covariance_[1][0],
+                          keeps[i][0] * covariance_[0][1] + keeps[i][1] * covariance_[1][1]};
+      for (std::size_t j = 0; j < 2; ++j) after[i][j] = dot(row, keeps[j]) + gain[i] * gain[j];
+    }
+    // Each weight's by itself: its row and column grow by as much, so that the matrix stays one of covariances.
+    Vector growth;
+    for (std::size_t i = 0; i < 2; ++i) growth[i] = std::sqrt(std::min(1 / kMemory, kMostUncertain / after[i][i]));
+    for (std::size_t i = 0; i < 2; ++i) {
+      for (std::size_t j = 0; j < 2; ++j) covariance_[i][j] = after[i][j] * growth[i] * growth[j];
+    }
   }
 
-  double at(const Vector& x) const noexcept { return weights_[0] * x[0] + weights_[1] * x[1]; }
+  double at(const Vector& x) const noexcept { return dot(weights_, x); }
   const Vector& weights() const noexcept { return weights_; }
   std::uint64_t observations() const noexcept { return observations_; }
 
  private:
-  static constexpr double kMemory = 0.98;  // half is forgotten in 34 times
-  static constexpr double kPenalty = 1e-5;
+  using Matrix = std::array<Vector, 2>;
 
-  Vector weights_{}, xy_{};
-  double xx_ = 0, xz_ = 0, zz_ = 0;
+  static constexpr double kMemory = 0.98;       // half is forgotten in 34 times
+  static constexpr double kMostUncertain = 25;  // of a weight, in the noise's variance
+
+  static double dot(const Vector& a, const Vector& b) noexcept { return a[0] * b[0] + a[1] * b[1]; }
+
+  Vector weights_{};
+  Matrix covariance_{{{kMostUncertain, 0}, {0, kMostUncertain}}};
   std::uint64_t observations_ = 0;
 };
 

@@ -85,7 +85,7 @@ class StepCost {
 
  private:
   static constexpr double kNsInMs = 1e6;
-  static constexpr double kDecoding = 32, kPositions = 512, kPairs = 512 * 1024;  // to scale numbers to about 1
+  static constexpr double kDecoding = 32, kPositions = 16, kPairs = 16 * 1024;  // that numbers are scaled by
   static constexpr double kOutlier = 4, kLeastMs = 0.05;
   static constexpr std::uint32_t kMostTogether = 32;  // steps with prompts: one without costs them 3 %
   static constexpr std::uint32_t kFirstPositions = 16;
