@@ -23,17 +23,25 @@ class LinearFit {
     const Vector gain = {scale * px[0], scale * px[1]};
     for (std::size_t i = 0; i < 2; ++i) weights_[i] += gain[i] * error;
     // In Joseph's form, (1 - gain xᵀ) P (1 - gain xᵀ)ᵀ + gain gainᵀ: rounding cannot make it indefinite.
-    Matrix keeps = {{{1 - gain[0] * x[0], -gain[0] * x[1]}, {-gain[1] * x[0], 1 - gain[1] * x[1]}}}, after;
+    const Matrix keeps = {{{1 - gain[0] * x[0], -gain[0] * x[1]}, {-gain[1] * x[0], 1 - gain[1] * x[1]}}};
+    const Matrix before = covariance_;
     for (std::size_t i = 0; i < 2; ++i) {
-      const Vector row = {keeps[i][0] * covariance_[0][0] + keeps[i][1] * covariance_[1][0],
-                          keeps[i][0] * covariance_[0][1] + keeps[i][1] * covariance_[1][1]};
-      for (std::size_t j = 0; j < 2; ++j) after[i][j] = dot(row, keeps[j]) + gain[i] * gain[j];
+      const Vector row = {keeps[i][0] * before[0][0] + keeps[i][1] * before[1][0],
+                          keeps[i][0] * before[0][1] + keeps[i][1] * before[1][1]};
+      for (std::size_t j = 0; j < 2; ++j) covariance_[i][j] = dot(row, keeps[j]) + gain[i] * gain[j];
     }
-    // Each weight's by itself: its row and column grow by as much, so that the matrix stays one of covariances.
+    forget();
+  }
+
+  // Time has passed: what was learned stays, but is less certain. Each weight's row and column of the matrix grow by as
+  // much, so that it stays one of covariances.
+  void forget() noexcept {
     Vector growth;
-    for (std::size_t i = 0; i < 2; ++i) growth[i] = std::sqrt(std::min(1 / kMemory, kMostUncertain / after[i][i]));
     for (std::size_t i = 0; i < 2; ++i) {
-      for (std::size_t j = 0; j < 2; ++j) covariance_[i][j] = after[i][j] * growth[i] * growth[j];
+      growth[i] = std::sqrt(std::min(1 / kMemory, kMostUncertain / covariance_[i][i]));
+    }
+    for (std::size_t i = 0; i < 2; ++i) {
+      for (std::size_t j = 0; j < 2; ++j) covariance_[i][j] *= growth[i] * growth[j];
     }
   }
 

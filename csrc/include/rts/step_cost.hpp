@@ -41,6 +41,7 @@ class StepCost {
     if (is_known()) ms = std::min(ms, kOutlier * std::max(foreseen, kLeastMs));
     if (prompts.positions == 0) {
       decoding_.learn(of_decoding(decoding), ms);
+      prompts_.forget();  // after hours without one, the next says more than all before
       since_decoding_alone_ = 0;
       return;
     }
