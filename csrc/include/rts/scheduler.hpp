@@ -52,7 +52,8 @@ struct Plan {
 // Iteration-level scheduling: every step takes one position of each decoding sequence, then chunks of prompts, of those
 // that are being read and of those that it admits from the heap, all within the token budget. Where sequences decode,
 // the prompts' part of it follows what steps are measured to take, so that they slow running streams down by no more
-// than a factor; prompts that are read at the same time share it evenly.
+// than a factor; prompts that are read at the same time share it evenly. Now and then such a step has no prompts, to
+// show what it takes without.
 //
 // A sequence is admitted where there is a row and blocks for the tokens that it has, and a block more for each that
 // runs. As they grow the blocks may run out: then the newest of the lowest priority is preempted. So is one, of a lower
