@@ -199,7 +199,13 @@ class CpuWeights:
     """A decoder's weights and the threads that run it: the parts and the spec's keys are those of
     csrc/cpu/decoder_weights.hpp and decoder_spec.hpp. ValueError names what is missing, misshapen or not finite."""
 
-    def __init__(self, spec: dict[str, Any], tensors: dict[str, CpuTensor], *, threads: int) -> None: ...
+    def __init__(
+        self, spec: dict[str, Any], tensors: dict[str, CpuTensor], *, threads: int, value_bits: int = 8
+    ) -> None:
+        """The layers' matrices that are not packed as they are get `value_bits`, 4 or 8."""
+    @property
+    def layer_bits(self) -> list[int]:
+        """Of the layers' matrices, ascending, each once."""
     @property
     def packed_bytes(self) -> int: ...
     @property

@@ -67,6 +67,11 @@ class Model:
         return self.worker.kind
 
     @property
+    def weights(self) -> str:
+        """As what its weights are computed with, for a person; empty where that is not known."""
+        return self.worker.weights
+
+    @property
     def max_context(self) -> int:
         """Positions that a sequence of this model can have, prompt included."""
         return self.worker.max_context

@@ -321,11 +321,15 @@ class InferenceServer:
             else f"{host}:{self.port}"
         )
         lines = [f"realtime-serve listens on http://{shown}"]
-        lines += [f"  {m.name} {m.version} on {m.config.device}{_context(m)}" for m in models]
+        lines += [f"  {m.name} {m.version} on {m.config.device}{_weights(m)}{_context(m)}" for m in models]
         if models:
             lines += ["try:", f"  {_example(models[0], shown)}"]
         lines.append("Ctrl-C stops it.")
         print("\n".join(lines), file=sys.stderr, flush=True)
+
+
+def _weights(model: Model) -> str:
+    return f", {model.weights} weights" if model.weights else ""
 
 
 def _context(model: Model) -> str:

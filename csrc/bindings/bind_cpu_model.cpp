@@ -102,14 +102,15 @@ DecoderSpec spec_from(const py::dict& values) {
 // A decoder's weights with the threads that run it, and all that they point to.
 class CpuWeights {
  public:
-  CpuWeights(const py::dict& spec, const std::map<std::string, CpuTensor>& tensors, std::size_t threads)
+  CpuWeights(const py::dict& spec, const std::map<std::string, CpuTensor>& tensors, std::size_t threads,
+             std::size_t value_bits)
       : spec_(spec_from(spec)), threads_(threads) {
     StoredTensors stored;
     for (const auto& [part, tensor] : tensors) {
       kept_.emplace(part, tensor.bytes);
       stored.emplace(part, tensor.stored);
     }
-    weights_.emplace(spec_, stored);
+    weights_.emplace(spec_, stored, value_bits);
   }
 
   // Whether the file has what would be packed; then it is used.
@@ -235,8 +236,9 @@ void register_cpu_model(py::module_& m) {
   py::class_<CpuTensor>(m, "CpuTensor")
       .def(py::init(&make_tensor), "bytes"_a, "type"_a, "rows"_a, "columns"_a, py::kw_only(), "pair_heads"_a = 0);
   py::class_<CpuWeights>(m, "CpuWeights")
-      .def(py::init<const py::dict&, const std::map<std::string, CpuTensor>&, std::size_t>(), "spec"_a, "tensors"_a,
-           py::kw_only(), "threads"_a)
+      .def(py::init<const py::dict&, const std::map<std::string, CpuTensor>&, std::size_t, std::size_t>(), "spec"_a,
+           "tensors"_a, py::kw_only(), "threads"_a, "value_bits"_a = 8)
+      .def_property_readonly("layer_bits", [](const CpuWeights& self) { return self.weights().layer_bits(); })
       .def_property_readonly("packed_bytes", [](const CpuWeights& self) { return self.weights().packed_bytes(); })
       .def_property_readonly("kv_block_bytes",
                              [](const CpuWeights& self) {

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <numeric>
+#include <set>
 #include <stdexcept>
 
 namespace rts::cpu {
@@ -95,7 +96,9 @@ class DecoderWeights::Reader {
   const StoredTensors& tensors_;
 };
 
-DecoderWeights::DecoderWeights(const DecoderSpec& spec, const StoredTensors& tensors) : layers_(spec.layers) {
+DecoderWeights::DecoderWeights(const DecoderSpec& spec, const StoredTensors& tensors, std::size_t value_bits)
+    : layers_(spec.layers) {
+  if (value_bits != 4 && value_bits != 8) throw std::invalid_argument("weights have 4 or 8 bits");
   const Reader reader(tensors);
   const std::size_t hidden = spec.hidden, head_dim = spec.head_dim;
   const std::size_t queries = spec.heads * head_dim, keys = spec.kv_heads * head_dim;
@@ -113,18 +116,26 @@ DecoderWeights::DecoderWeights(const DecoderSpec& spec, const StoredTensors& ten
     layer.k_norm = reader.norm(prefix + "k_norm", head_dim);
     layer.attention_post_norm = reader.norm(prefix + "attention_post_norm", hidden);
     layer.mlp_post_norm = reader.norm(prefix + "mlp_post_norm", hidden);
-    add(layer.q, reader, prefix + "q", queries, hidden);
-    add(layer.k, reader, prefix + "k", keys, hidden);
-    add(layer.v, reader, prefix + "v", keys, hidden);
-    add(layer.output, reader, prefix + "output", hidden, queries);
-    add(layer.up, reader, prefix + "up", spec.intermediate, hidden, spec.is_gated() ? prefix + "gate" : "");
-    add(layer.down, reader, prefix + "down", hidden, spec.intermediate);
+    add(layer.q, reader, prefix + "q", queries, hidden, value_bits);
+    add(layer.k, reader, prefix + "k", keys, hidden, value_bits);
+    add(layer.v, reader, prefix + "v", keys, hidden, value_bits);
+    add(layer.output, reader, prefix + "output", hidden, queries, value_bits);
+    add(layer.up, reader, prefix + "up", spec.intermediate, hidden, value_bits, spec.is_gated() ? prefix + "gate" : "");
+    add(layer.down, reader, prefix + "down", hidden, spec.intermediate, value_bits);
   }
-  add(head_, reader, "head", spec.vocabulary, hidden);
+  add(head_, reader, "head", spec.vocabulary, hidden, 8);
+}
+
+std::vector<std::size_t> DecoderWeights::layer_bits() const {
+  std::set<std::size_t> bits;
+  for (const Source& source : sources_) {
+    if (source.matrix != &head_) bits.insert(source.shape.value_bits);
+  }
+  return {bits.begin(), bits.end()};
 }
 
 void DecoderWeights::add(PackedMatrix& matrix, const Reader& reader, const std::string& part, std::size_t outputs,
-                         std::size_t inputs, const std::string& gate) {
+                         std::size_t inputs, std::size_t value_bits, const std::string& gate) {
   Source source{
       .part = part, .tensor = reader.matrix(part, outputs, inputs), .gate = {}, .shape = {}, .matrix = &matrix};
   std::vector<float> bias = reader.vector(part + ".bias", outputs);
@@ -149,8 +160,8 @@ void DecoderWeights::add(PackedMatrix& matrix, const Reader& reader, const std::
   }
   source.shape = {.outputs = packed_outputs,
                   .inputs = inputs,
-                  .has_minimums = minimums,
-                  .value_bits = is_exact ? std::size_t{4} : std::size_t{8}};
+                  .has_minimums = is_exact ? minimums : value_bits == 4,
+                  .value_bits = is_exact ? std::size_t{4} : value_bits};
   source.offset = packed_bytes_;
   packed_bytes_ += rounded_up(source.shape.bytes(), kAlignment) + kAlignment;  // the multiplier is behind it
   matrix.shape = source.shape;
@@ -224,7 +235,8 @@ void DecoderWeights::pack(std::span<std::byte> to, ThreadPool& threads) const {
       float largest = 0;
       for (std::size_t panel = 0; panel < source.shape.panels(); ++panel) {
         const std::size_t outputs = outputs_of(panel);
-        const float of_panel = largest_scale(rows.gather(panel, outputs), {kPanelRowNumbers.data(), outputs});
+        const float of_panel =
+            largest_scale(rows.gather(panel, outputs), {kPanelRowNumbers.data(), outputs}, source.shape.value_bits);
         if (!std::isfinite(of_panel)) not_finite.store(sources_.size() - 1 - i, std::memory_order_relaxed);
         largest = std::max(largest, of_panel);
       }

@@ -47,12 +47,15 @@ struct LayerWeights {
 class DecoderWeights {
  public:
   // Raises std::invalid_argument naming the part that is missing, of another shape, or not finite. `tensors`' bytes
-  // must outlive the object.
-  DecoderWeights(const DecoderSpec& spec, const StoredTensors& tensors);
+  // must outlive the object. The layers' matrices that are not packed as they are get `value_bits`, 4 or 8; the output
+  // layer's gets 8, for it decides on the token, and nothing behind it evens its errors out.
+  DecoderWeights(const DecoderSpec& spec, const StoredTensors& tensors, std::size_t value_bits = 8);
   DecoderWeights(const DecoderWeights&) = delete;
   DecoderWeights& operator=(const DecoderWeights&) = delete;
 
   std::size_t packed_bytes() const { return packed_bytes_; }
+  // Of the layers' matrices, ascending, each once.
+  std::vector<std::size_t> layer_bits() const;
   // Writes the matrices to `to`, packed_bytes() at a multiple of 64. Raises std::invalid_argument where a weight is not
   // finite.
   void pack(std::span<std::byte> to, ThreadPool& threads) const;
@@ -83,7 +86,7 @@ class DecoderWeights {
   class Reader;
 
   void add(PackedMatrix& matrix, const Reader& reader, const std::string& part, std::size_t outputs, std::size_t inputs,
-           const std::string& gate = {});
+           std::size_t value_bits, const std::string& gate = {});
 
   StoredTensor embedding_, positions_;
   NormWeights norm_;

@@ -174,6 +174,35 @@ std::uint16_t quantize_group(const std::array<float, kGroup>& from, float multip
   return scale;
 }
 
+// Quantizes a group to 4 bits: the range of its values first, then by turns the scale and minimum that fit the integers
+// best, and the integers that fit those best. Each turn lowers the squared error, and few are left after three.
+FourBitGroup quantize_to_four_bits(std::span<const float> values) {
+  constexpr int kTurns = 3;
+  constexpr float kLargest = 15.0F;
+  const auto [least, most] = std::ranges::minmax(values);
+  FourBitGroup group{.scale = (most - least) / kLargest, .minimum = least, .quants = {}};
+  group.quants.fill(kFourBitZero);
+  const auto count = static_cast<double>(values.size());
+  for (int turn = 0;; ++turn) {
+    const float inverse = inverse_or_zero(group.scale);
+    double q_sum = 0, qq_sum = 0, x_sum = 0, qx_sum = 0;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+      const std::int32_t q = nearest(std::clamp((values[i] - group.minimum) * inverse, 0.0F, kLargest));
+      group.quants[i] = static_cast<std::uint8_t>(q);
+      q_sum += q;
+      qq_sum += q * q;
+      x_sum += double{values[i]};
+      qx_sum += q * double{values[i]};
+    }
+    const double spread = count * qq_sum - q_sum * q_sum;
+    if (turn == kTurns || spread <= 0) return group;
+    const double scale = (count * qx_sum - q_sum * x_sum) / spread;
+    if (scale <= 0) return group;
+    group.scale = static_cast<float>(scale);
+    group.minimum = static_cast<float>((x_sum - scale * q_sum) / count);
+  }
+}
+
 }  // namespace
 
 bool packs_exactly(const GgufTensorType& type) noexcept {
@@ -184,13 +213,13 @@ bool has_minimums(const GgufTensorType& type) noexcept {
   return type.id == GgufTypeId::kQ4_1 || type.id == GgufTypeId::kQ4_K;
 }
 
-float largest_scale(const StoredRows& rows, std::span<const std::size_t> row_numbers) {
+float largest_scale(const StoredRows& rows, std::span<const std::size_t> row_numbers, std::size_t value_bits) {
   std::int32_t largest_bits = 0;
   const auto look_at = [&](float value) { largest_bits = std::max(largest_bits, magnitude_bits(value)); };
-  const float bound = packs_exactly(*rows.type) ? 1.0F : kRotation;  // a rotated value is a sum of so many
-  std::vector<float> values(packs_exactly(*rows.type) ? 0 : rows.columns);
+  const bool is_exact = packs_exactly(*rows.type);
+  std::vector<float> values(is_exact ? 0 : rows.columns);
   for (const std::size_t row : row_numbers) {
-    if (packs_exactly(*rows.type)) {
+    if (is_exact) {
       visit_four_bit_groups(rows, row, [&](std::size_t, const FourBitGroup& group) {
         look_at(group.scale);
         look_at(group.packed_minimum());
@@ -200,9 +229,12 @@ float largest_scale(const StoredRows& rows, std::span<const std::size_t> row_num
       for (const float value : values) look_at(value);
     }
   }
-  const float largest = std::bit_cast<float>(largest_bits) * bound;
+  float largest = std::bit_cast<float>(largest_bits);
+  // A rotated value is a sum of so many. Of 4 bits, the scale and the value in the middle are within the values' range,
+  // or hardly outside where that fits them better.
+  if (!is_exact) largest *= value_bits == 4 ? 2.0F : kRotation;
   if (!std::isfinite(largest)) return std::numeric_limits<float>::quiet_NaN();
-  return packs_exactly(*rows.type) ? largest : largest / kLargestValue;
+  return is_exact || value_bits == 4 ? largest : largest / kLargestValue;
 }
 
 float multiplier_for(float largest_scale) noexcept {
@@ -217,20 +249,26 @@ void pack_panel(const StoredRows& rows, std::span<const std::size_t> row_numbers
                 float multiplier, std::span<float> scratch, std::byte* panel) {
   for (std::size_t output = 0; output < kPanelOutputs; ++output) {
     PanelColumn column(shape, panel, output);
+    const auto set_four_bits = [&](std::size_t number, const FourBitGroup& group) {
+      column.set_four_bits(number, group.quants);
+      column.set_scale(number, to_half(group.scale / multiplier));
+      if (shape.has_minimums) column.set_minimum(number, to_half(group.packed_minimum() / multiplier));
+    };
     if (output >= row_numbers.size()) {
       for (std::size_t group = 0; group < shape.groups(); ++group) column.set_zero(group);
     } else if (packs_exactly(*rows.type)) {
-      visit_four_bit_groups(rows, row_numbers[output], [&](std::size_t number, const FourBitGroup& group) {
-        column.set_four_bits(number, group.quants);
-        column.set_scale(number, to_half(group.scale / multiplier));
-        if (shape.has_minimums) column.set_minimum(number, to_half(group.packed_minimum() / multiplier));
-      });
+      visit_four_bit_groups(rows, row_numbers[output], set_four_bits);
     } else {
       dequantize_row(rows, row_numbers[output], scratch.data());
       for (std::size_t group = 0; group < shape.groups(); ++group) {
         const std::size_t first = group * kGroup;
         std::array<float, kGroup> from{};
-        std::copy_n(scratch.data() + first, std::min(kGroup, rows.columns - first), from.begin());
+        const std::size_t count = std::min(kGroup, rows.columns - first);
+        std::copy_n(scratch.data() + first, count, from.begin());
+        if (shape.value_bits == 4) {
+          set_four_bits(group, quantize_to_four_bits({from.data(), count}));
+          continue;
+        }
         GroupValues values;
         column.set_scale(group, quantize_group(from, multiplier, values));
         column.set_values(group, values);

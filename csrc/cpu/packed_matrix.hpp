@@ -12,7 +12,8 @@
 // The rotation is the Walsh-Hadamard transform of 8 of a group's inputs, 4 apart. It spreads an outlier among the
 // activations over 8 of them, which takes two thirds of the error out of 8-bit activations (SmolLM2-135M, one scale
 // per 32: mean KL 0.0057 without, 0.0021 with it). 4-bit weights are stored as they are, and rotated where they are
-// used: that makes integers of 8 bits without any loss, a sum of 8 values from -8 to 7 with signs.
+// used: that makes integers of 8 bits without any loss, a sum of 8 values from -8 to 7 with signs. Others can be
+// quantized to 4 bits, with minimums.
 namespace rts::cpu {
 
 inline constexpr std::size_t kGroup = 32;          // inputs that share a scale
@@ -66,7 +67,7 @@ bool has_minimums(const GgufTensorType& type) noexcept;
 // Two passes, so that any number of threads can pack the panels of a matrix: `largest_scale` of all its rows gives the
 // multiplier, and pack_panel writes one panel. largest_scale bounds the magnitudes of scales and minimums from above,
 // and is NaN where a value of the rows is not finite or too large: the caller's to refuse.
-float largest_scale(const StoredRows& rows, std::span<const std::size_t> row_numbers);
+float largest_scale(const StoredRows& rows, std::span<const std::size_t> row_numbers, std::size_t value_bits);
 float multiplier_for(float largest_scale) noexcept;
 // `row_numbers` are those of `rows` that become the panel's outputs, at most kPanelOutputs. `scratch` has room for
 // rows.columns floats.

@@ -53,6 +53,7 @@ class CallLoop:
         """`loop`, which is not running yet, is the one that the model was loaded in."""
         self.kind = model.kind
         self.max_context = max_context
+        self.weights = ""
         self._model = model
         self._loop = loop
         self._scheduler = scheduler

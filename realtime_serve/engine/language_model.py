@@ -88,8 +88,6 @@ def _load_native(
         return None, f"device {model.device!r}"
     if model.quantized is False:
         return None, "weights that are not quantized"
-    if model.quantized == "int4":
-        return None, "quantized='int4'"
     from realtime_serve.runners.cpu_lm import CpuLM, NeedsTorchEngine
     from realtime_serve.tokenizer import TokenVocabulary
 
@@ -101,6 +99,7 @@ def _load_native(
             max_batch_size=limits.max_batch_size,
             max_step_tokens=limits.max_step_tokens,
             threads=threads,
+            value_bits=4 if model.quantized == "int4" else 8,
             **memory,
         )
     except NeedsTorchEngine as error:

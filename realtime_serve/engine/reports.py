@@ -14,7 +14,7 @@ _MAX_REASON_CHARS = 2000
 
 
 def ready_report(loop: WorkerLoop) -> dict[str, Any]:
-    return {"op": "ready", "kind": loop.kind, "max_context": loop.max_context}
+    return {"op": "ready", "kind": loop.kind, "max_context": loop.max_context, "weights": loop.weights}
 
 
 def failed_report(model: str, error: BaseException, *, is_users: bool) -> dict[str, Any]:

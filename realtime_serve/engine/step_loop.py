@@ -25,6 +25,7 @@ class StepLoop:
 
     def __init__(self, runner: Runner, limits: EngineLimits) -> None:
         self.max_context = runner.max_context
+        self.weights = runner.weights
         self._runner = runner
         self._native_model: NativeModel | None = getattr(runner, "native_model", None)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()

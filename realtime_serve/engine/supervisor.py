@@ -55,6 +55,7 @@ class Supervisor:
         self.kind = "tokens"
         """What requests the model takes: tokens, generate or predict; known once it is ready."""
         self.max_context = spec.model.max_seq_length
+        self.weights = ""
         self.restarts = 0
         self._open_channel = open_channel
         self._new_worker: Callable[[], WorkerHandle] = ThreadWorker if isolation == "thread" else ProcessWorker
@@ -239,7 +240,7 @@ class Supervisor:
         worker = self._worker
         if worker is None or self.state is WorkerState.STOPPED:
             return
-        self.kind, self.max_context = report["kind"], report["max_context"]
+        self.kind, self.max_context, self.weights = report["kind"], report["max_context"], report["weights"]
         try:
             self._client = self._open_channel(
                 self._generation, shared=worker.shared_memory, carries_payloads=self.kind != "tokens"

@@ -14,6 +14,8 @@ class WorkerLoop(Protocol):
     kind: str
     """What requests its model takes: tokens, generate or predict."""
     max_context: int
+    weights: str
+    """As what the model's weights are computed with, for a person; empty where that is not known."""
 
     def attach(self, channel: Channel) -> None: ...
     def detach(self, channel: Channel) -> None: ...

@@ -55,6 +55,10 @@ class Runner(Protocol):
         """Positions that one sequence can have, prompt included."""
 
     @property
+    def weights(self) -> str:
+        """As what its weights are computed with, for a person: "float32", "8-bit"; empty where it has none."""
+
+    @property
     def block_size(self) -> int:
         """Positions in a KV block."""
 

@@ -50,6 +50,7 @@ class NullRunner:
         self.special_tokens = tokenizer.special_tokens
         self.eos_tokens = tokenizer.eos_tokens
         self.max_context = max_context
+        self.weights = ""
         self.num_blocks = max_batch_size * -(-max_context // self.block_size)
         self._native_model = NullModel(
             first_token=_FIRST_WORD, tokens=len(_WORDS), step_ns=min(round(step_ms * 1e6), _LONGEST_STEP_NS)

@@ -6,6 +6,7 @@
 #include <array>
 #include <bit>
 #include <cmath>
+#include <cstring>
 #include <limits>
 #include <string>
 #include <utility>
@@ -87,6 +88,70 @@ TEST_P(OtherType, LiesWithinHalfAStep) {
       }
     }
   }
+}
+
+// The values as 4 bits have them, turned back.
+std::vector<double> four_bits_of(const PackedWeights& packed, std::size_t output, std::size_t inputs) {
+  std::vector<double> values(inputs);
+  for (std::size_t input = 0; input < inputs; ++input) {
+    int turned_back = 0;
+    const std::size_t first = input / kGroup * kGroup, own = input % kGroup;
+    for (std::size_t i = own % kRotationStride; i < kGroup; i += kRotationStride) {
+      const int value = packed.value(output, first + i);
+      turned_back += testing::is_negative(own, i) ? -value : value;
+    }
+    const std::size_t group = input / kGroup;
+    values[input] = packed.scale(output, group) * turned_back / 8 + packed.minimum(output, group);
+  }
+  return values;
+}
+
+// A sixteenth of a group's range to each integer, and no worse than that on the whole.
+TEST_P(OtherType, CanBeQuantizedToFourBits) {
+  const StoredMatrix matrix = random_matrix(GetParam(), kOutputs, kInputs);
+  const PackedWeights packed(matrix, 4);
+  ASSERT_EQ(packed.shape.value_bits, 4U);
+  ASSERT_TRUE(packed.shape.has_minimums);
+  for (std::size_t output = 0; output < kOutputs; ++output) {
+    const std::vector<float> row = matrix.row(output);
+    const std::vector<double> values = four_bits_of(packed, output, kInputs);
+    for (std::size_t first = 0; first < kInputs; first += kGroup) {
+      const auto [least, most] = std::minmax_element(row.begin() + first, row.begin() + first + kGroup);
+      const double range = double{*most} - double{*least}, step = range / 15;
+      const double rounding = 4 * kHalfPrecision * (range + std::fabs(double{*least}) + std::fabs(double{*most}));
+      double squares = 0, evenly = 0;
+      for (std::size_t i = first; i < first + kGroup; ++i) {
+        const double error = values[i] - double{row[i]}, from_least = (double{row[i]} - double{*least}) / step;
+        ASSERT_LE(std::fabs(error), 1.5 * step + rounding);
+        squares += error * error;
+        if (step > 0) evenly += std::pow((from_least - std::nearbyint(from_least)) * step, 2);
+      }
+      ASSERT_LE(std::sqrt(squares), std::sqrt(evenly) + rounding * std::sqrt(double{kGroup}));
+    }
+  }
+}
+
+TEST(PackedMatrix, FourBitsOfWhatFitsThemAreExact) {
+  StoredMatrix matrix = random_matrix(GgufTypeId::kF32, 3, 40);  // a group and a part of one
+  for (std::size_t i = 0; i < 3 * 40; ++i) {
+    const float value = -3.0F + 0.5F * static_cast<float>(i % 40 % kGroup * 15 % 16);
+    std::memcpy(matrix.bytes.data() + i * sizeof value, &value, sizeof value);
+  }
+  const PackedWeights packed(matrix, 4);
+  for (std::size_t output = 0; output < 3; ++output) {
+    const std::vector<float> row = matrix.row(output);
+    const std::vector<double> values = four_bits_of(packed, output, 40);
+    for (std::size_t i = 0; i < 40; ++i) EXPECT_NEAR(values[i], row[i], 2e-3) << i;
+  }
+}
+
+TEST(PackedMatrix, FourBitsOfOneNumberAreThatNumber) {
+  StoredMatrix matrix = random_matrix(GgufTypeId::kF32, 1, 32);
+  for (std::size_t i = 0; i < 32; ++i) {
+    const float value = 0.25F;
+    std::memcpy(matrix.bytes.data() + i * sizeof value, &value, sizeof value);
+  }
+  for (const double value : four_bits_of(PackedWeights(matrix, 4), 0, 32)) EXPECT_EQ(value, 0.25);
 }
 
 TEST(PackedMatrix, TheMultiplierKeepsScalesNormal) {
@@ -171,14 +236,14 @@ TEST(PackedMatrix, LargestScaleBoundsThoseOfTheRowsAskedFor) {
     for (std::size_t group = 0; group < 2; ++group) {
       largest = std::max({largest, std::fabs(packed.scale(row, group)), std::fabs(packed.minimum(row, group))});
     }
-    EXPECT_NEAR(largest_scale(matrix.stored(), {&row, 1}), largest, 2 * kHalfPrecision * largest);
+    EXPECT_NEAR(largest_scale(matrix.stored(), {&row, 1}, 8), largest, 2 * kHalfPrecision * largest);
   }
 }
 
 TEST(PackedMatrix, WeightsThatAreNotFiniteAreTold) {
   const auto is_told = [](const StoredMatrix& matrix) {
     const std::size_t row = matrix.rows - 1;
-    return std::isnan(largest_scale(matrix.stored(), {&row, 1}));
+    return std::isnan(largest_scale(matrix.stored(), {&row, 1}, 8));
   };
   for (const float value : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity(), -2e38F}) {
     StoredMatrix matrix = random_matrix(GgufTypeId::kF32, 2, 64);

@@ -94,14 +94,16 @@ inline bool is_negative(std::size_t i, std::size_t j) {
 
 // A packed matrix with its memory.
 struct PackedWeights {
-  explicit PackedWeights(const StoredMatrix& matrix) {
+  // `value_bits` where the matrix is not packed as it is.
+  explicit PackedWeights(const StoredMatrix& matrix, std::size_t value_bits = 8) {
+    const bool is_exact = cpu::packs_exactly(*matrix.type);
     shape = {.outputs = matrix.rows,
              .inputs = matrix.columns,
-             .has_minimums = cpu::has_minimums(*matrix.type),
-             .value_bits = cpu::packs_exactly(*matrix.type) ? std::size_t{4} : std::size_t{8}};
+             .has_minimums = is_exact ? cpu::has_minimums(*matrix.type) : value_bits == 4,
+             .value_bits = is_exact ? std::size_t{4} : value_bits};
     std::vector<std::size_t> numbers(matrix.rows);
     std::iota(numbers.begin(), numbers.end(), std::size_t{0});
-    multiplier = cpu::multiplier_for(cpu::largest_scale(matrix.stored(), numbers));
+    multiplier = cpu::multiplier_for(cpu::largest_scale(matrix.stored(), numbers, shape.value_bits));
     memory.resize(shape.bytes() + kAlignment);
     std::vector<float> scratch(matrix.columns);
     for (std::size_t panel = 0; panel < shape.panels(); ++panel) {

@@ -60,6 +60,7 @@ def test_the_default_model_is_served(default_model_path: Path) -> None:
         assert answer["text"].startswith(" Paris")
         server.process.send_signal(signal.SIGTERM)
         assert server.end()[0] == 0
+        assert "smollm2-135m-instruct 1.0.0 on cpu, 4-bit weights, context 2048 tokens\n" in server.errors
 
 
 def test_a_model_that_needs_torch_is_refused_in_one_line(default_model_path: Path) -> None:

@@ -20,11 +20,11 @@ _VERSION = 2
 _SUFFIX = ".rts-packed"
 
 
-def load_packed(weights: CpuWeights, decoder: Decoder, files: Sequence[Path]) -> None:
+def load_packed(weights: CpuWeights, decoder: Decoder, files: Sequence[Path], value_bits: int = 8) -> None:
     """Reads the weights as they were packed before, or packs them now, for the next start as well where a folder takes
     the file. Raises ValueError where a weight is not finite."""
-    description = describe(decoder, files)
-    places = packed_paths(files)
+    description = describe(decoder, files, value_bits)
+    places = packed_paths(files, value_bits)
     if any(weights.open_packed(path, description) for path in places):
         return
     log.info("packing the weights for this machine's kernels; the next start finds them packed")
@@ -42,17 +42,17 @@ def load_packed(weights: CpuWeights, decoder: Decoder, files: Sequence[Path]) ->
     weights.pack()
 
 
-def describe(decoder: Decoder, files: Sequence[Path]) -> str:
+def describe(decoder: Decoder, files: Sequence[Path], value_bits: int) -> str:
     """All that the packed bytes depend on."""
     stats = [path.stat() for path in files]
     sources = [[path.name, stat.st_size, stat.st_mtime_ns] for path, stat in zip(files, stats, strict=True)]
-    return json.dumps([_VERSION, sources, decoder.as_arguments()])
+    return json.dumps([_VERSION, value_bits, sources, decoder.as_arguments()])
 
 
-def packed_paths(files: Sequence[Path]) -> list[Path]:
+def packed_paths(files: Sequence[Path], value_bits: int = 8) -> list[Path]:
     """Beside the first of them, then in the cache folder, where this user has one."""
     first = files[0].resolve()
-    beside = first.with_name(first.name + _SUFFIX)
+    beside = first.with_name(first.name + (".int4" if value_bits == 4 else "") + _SUFFIX)
     folder = hashlib.sha256(str(first.parent).encode(errors="surrogateescape")).hexdigest()[:16]
     try:
         return [beside, cache_dir() / "packed" / f"{folder}-{beside.name}"]

@@ -36,6 +36,7 @@ class CpuLM:
         self.special_tokens = tokenizer.special_tokens
         self.eos_tokens = tokenizer.eos_tokens
         self.max_context = max_context
+        self.weights = "- and ".join(str(bits) for bits in weights.layer_bits) + "-bit"
         self.num_blocks, self.cached_blocks = kv_plan.num_blocks, kv_plan.cached_blocks
         self._model = CpuModel(
             weights,
@@ -55,10 +56,12 @@ class CpuLM:
         max_batch_size: int,
         max_step_tokens: int,
         threads: int = 0,
+        value_bits: int = 8,
         kv_cache_mb: int | None = None,
         prefix_cache_mb: int | None = None,
     ) -> CpuLM:
         """Loads a GGUF file, or a Hugging Face folder of safetensors. `threads` of 0: one a physical core.
+        Weights of 4 bits stay as they are, others get `value_bits`, 4 or 8, in the layers.
 
         Raises NeedsTorchEngine where the model has what this engine lacks, and ModelLoadError or UnsupportedModelError
         with one line that says what is wrong.
@@ -68,7 +71,7 @@ class CpuLM:
         max_context = min(max_context, decoder.max_positions)
         vocabulary = padded_vocabulary(tokenizer, decoder.vocabulary)
         parts = Parts(decoder, checkpoint)
-        weights = make_weights(decoder, parts, threads=threads or physical_cores())
+        weights = make_weights(decoder, parts, threads=threads or physical_cores(), value_bits=value_bits)
         kv_plan = plan_kv_cache(
             KvRequest(
                 source=checkpoint.source,
@@ -85,7 +88,7 @@ class CpuLM:
             free=free_memory(),
         )
         try:
-            load_packed(weights, decoder, checkpoint.files)
+            load_packed(weights, decoder, checkpoint.files, value_bits)
         except ValueError as error:
             raise ModelLoadError(parts.named(str(error))) from error
         checkpoint.release()
@@ -113,10 +116,10 @@ class CpuLM:
         del self._model
 
 
-def make_weights(decoder: Decoder, parts: Parts, *, threads: int) -> CpuWeights:
+def make_weights(decoder: Decoder, parts: Parts, *, threads: int, value_bits: int = 8) -> CpuWeights:
     """Not packed yet. Raises ModelLoadError that names the tensor that does not fit."""
     try:
         cpu_kernels()  # what RTS_CPU_ISA asks for may not be there
-        return CpuWeights(decoder.as_arguments(), parts.tensors, threads=threads)
+        return CpuWeights(decoder.as_arguments(), parts.tensors, threads=threads, value_bits=value_bits)
     except ValueError as error:
         raise ModelLoadError(parts.named(str(error))) from error

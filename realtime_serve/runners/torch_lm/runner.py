@@ -44,6 +44,7 @@ class TorchLM:
         self.special_tokens = tokenizer.special_tokens
         self.eos_tokens = tokenizer.eos_tokens
         self.max_context = max_context
+        self.weights = str(model.dtype).removeprefix("torch.")
         self.num_blocks, self.cached_blocks = kv_plan.num_blocks, kv_plan.cached_blocks
         self._model = model
         self._device = model.device

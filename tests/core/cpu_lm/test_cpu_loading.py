@@ -216,6 +216,7 @@ def loaded(folder: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> Run
 def test_a_model_gets_the_native_engine_where_that_has_it(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert isinstance(loaded(folder, monkeypatch), CpuLM)
     assert isinstance(loaded(folder, monkeypatch, quantized="int8"), CpuLM)
+    assert isinstance(loaded(folder, monkeypatch, quantized=True), CpuLM)
     assert isinstance(loaded(folder, monkeypatch, metadata={"engine": "torch"}), TorchLM)
 
 
@@ -246,6 +247,21 @@ def test_what_it_lacks_runs_on_torch_and_the_log_says_why(
     assert caplog.messages == [f"model tiny runs on the torch engine: the native one does not support {lacks}"]
     with pytest.raises(UnsupportedModelError, match=lacks):
         loaded(tmp_path, monkeypatch, metadata={"engine": "native"})
+
+
+def test_weights_of_four_bits(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nearer to those of 8 bits than to any other model's, and not the same; each is packed in a file of its own."""
+    eight, four = loaded(folder, monkeypatch), loaded(folder, monkeypatch, quantized="int4")
+    assert isinstance(four, CpuLM)
+    assert (eight.weights, four.weights) == ("8-bit", "4-bit")
+    expected, logits = logits_of(eight), logits_of(four)
+    error = np.linalg.norm(logits - expected) / np.linalg.norm(expected)
+    assert 0.005 < error < 0.3
+    suffixes = sorted(path.name for path in folder.glob("*.rts-packed"))
+    assert suffixes == ["model.safetensors.int4.rts-packed", "model.safetensors.rts-packed"]
+    sizes = [(folder / name).stat().st_size for name in suffixes]
+    assert sizes[0] < sizes[1]
+    np.testing.assert_array_equal(logits_of(loaded(folder, monkeypatch, quantized="int4")), logits)
 
 
 def test_weights_as_they_are_is_the_torch_engines(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
