@@ -208,9 +208,8 @@ class CpuWeights:
         """Of the layers' matrices, ascending, each once."""
     @property
     def packed_bytes(self) -> int: ...
-    @property
-    def kv_block_bytes(self) -> int:
-        """What a block of the KV cache takes in all layers."""
+    def kv_block_bytes(self, kv_format: str) -> int:
+        """What a block of the KV cache takes in all layers: "int8" or "float16"."""
     def open_packed(self, path: os.PathLike[str], description: str) -> bool:
         """Uses the matrices as they lie packed in a file, if it was made for this description and is intact."""
     def create_packed(self, path: os.PathLike[str], description: str) -> None:
@@ -218,7 +217,7 @@ class CpuWeights:
     def pack(self) -> None:
         """Packs the matrices into memory. One of the three comes before anything is computed; from then on only the
         embeddings are read from the tensors. ValueError where they are packed already."""
-    def logits(self, ids: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+    def logits(self, ids: npt.NDArray[np.int32], *, kv_format: str = "int8") -> npt.NDArray[np.float32]:
         """Of each position of a text, [tokens, vocabulary]."""
 
 @final
@@ -226,7 +225,14 @@ class CpuModel(NativeModel):
     """Runs a decoder whose weights are packed. The weights serve one model at a time."""
 
     def __init__(
-        self, weights: CpuWeights, *, max_tokens: int, max_samples: int, max_context: int, num_blocks: int
+        self,
+        weights: CpuWeights,
+        *,
+        max_tokens: int,
+        max_samples: int,
+        max_context: int,
+        num_blocks: int,
+        kv_format: str = "int8",
     ) -> None: ...
     def forward(self, batch: Any) -> npt.NDArray[np.float32]:
         """Runs a step (a StepBatch). The logits that it wants, [samples, vocabulary]; the next step overwrites them."""

@@ -35,6 +35,7 @@ using cpu::DecoderLimits;
 using cpu::DecoderSpec;
 using cpu::DecoderWeights;
 using cpu::Epilogue;
+using cpu::KvFormat;
 using cpu::NormKind;
 using cpu::StoredTensor;
 using cpu::StoredTensors;
@@ -75,6 +76,12 @@ NormKind norm_named(const std::string& name) {
   if (name == "rms") return NormKind::kRms;
   if (name == "layer") return NormKind::kLayer;
   throw std::invalid_argument("there is no norm '" + name + "'");
+}
+
+KvFormat kv_format_named(const std::string& name) {
+  if (name == "int8") return KvFormat::kInt8;
+  if (name == "float16") return KvFormat::kFloat16;
+  throw std::invalid_argument("keys and values cannot be kept as '" + name + "'");
 }
 
 DecoderSpec spec_from(const py::dict& values) {
@@ -171,9 +178,15 @@ class CpuWeights {
 
 // The logits of each of a text's tokens, [tokens, vocabulary], by a decoder of its own.
 py::array_t<float> logits_of(CpuWeights& weights,
-                             py::array_t<std::int32_t, py::array::c_style | py::array::forcecast> ids) {
+                             py::array_t<std::int32_t, py::array::c_style | py::array::forcecast> ids,
+                             const std::string& kv_format) {
   const auto tokens = static_cast<std::size_t>(ids.size());
   const std::size_t blocks = (tokens + cpu::kBlockPositions - 1) / cpu::kBlockPositions;
+  const DecoderLimits limits{.max_tokens = tokens,
+                             .max_samples = tokens,
+                             .max_context = tokens,
+                             .num_blocks = blocks,
+                             .kv_format = kv_format_named(kv_format)};
   py::array_t<float> out({ids.size(), static_cast<py::ssize_t>(weights.spec().vocabulary)});
   float* const to = out.mutable_data();
   std::vector<std::int32_t> given(ids.data(), ids.data() + tokens);
@@ -193,8 +206,7 @@ py::array_t<float> logits_of(CpuWeights& weights,
                           .rows = &row,
                           .block_table = table.data(),
                           .logits_at = at.data()};
-  Decoder decoder(weights.spec(), weights.weights(), weights.threads(), cpu::kernels(),
-                  {.max_tokens = tokens, .max_samples = tokens, .max_context = tokens, .num_blocks = blocks});
+  Decoder decoder(weights.spec(), weights.weights(), weights.threads(), cpu::kernels(), limits);
   const auto count = static_cast<std::uint32_t>(tokens);
   std::ranges::copy(decoder.forward({.tokens = count, .sequences = 1, .samples = count}, batch), to);
   return out;
@@ -240,23 +252,25 @@ void register_cpu_model(py::module_& m) {
            "tensors"_a, py::kw_only(), "threads"_a, "value_bits"_a = 8)
       .def_property_readonly("layer_bits", [](const CpuWeights& self) { return self.weights().layer_bits(); })
       .def_property_readonly("packed_bytes", [](const CpuWeights& self) { return self.weights().packed_bytes(); })
-      .def_property_readonly("kv_block_bytes",
-                             [](const CpuWeights& self) {
-                               const DecoderSpec& spec = self.spec();
-                               return cpu::KvCache::block_bytes(spec.layers, spec.kv_heads, spec.head_dim);
-                             })
+      .def(
+          "kv_block_bytes",
+          [](const CpuWeights& self, const std::string& kv_format) {
+            return Decoder::kv_block_bytes(self.spec(), kv_format_named(kv_format));
+          },
+          "kv_format"_a)
       .def("open_packed", &CpuWeights::open_packed, "path"_a, "description"_a)
       .def("create_packed", &CpuWeights::create_packed, "path"_a, "description"_a)
       .def("pack", &CpuWeights::pack)
-      .def("logits", &logits_of, "ids"_a);
+      .def("logits", &logits_of, "ids"_a, py::kw_only(), "kv_format"_a = "int8");
   py::class_<Decoder, NativeModel>(m, "CpuModel")
       .def(py::init([](CpuWeights& weights, std::size_t max_tokens, std::size_t max_samples, std::size_t max_context,
-                       std::size_t num_blocks) {
+                       std::size_t num_blocks, const std::string& kv_format) {
+             const DecoderLimits limits{max_tokens, max_samples, max_context, num_blocks, kv_format_named(kv_format)};
              return std::make_unique<Decoder>(weights.spec(), weights.weights(), weights.threads(), cpu::kernels(),
-                                              DecoderLimits{max_tokens, max_samples, max_context, num_blocks});
+                                              limits);
            }),
            "weights"_a, py::kw_only(), "max_tokens"_a, "max_samples"_a, "max_context"_a, "num_blocks"_a,
-           py::keep_alive<1, 2>())
+           "kv_format"_a = "int8", py::keep_alive<1, 2>())
       .def("forward", &forward, "batch"_a);
   m.attr("KV_BLOCK_POSITIONS") = cpu::kBlockPositions;
   m.def("cpu_kernels", [] { return cpu::kernels().name; });

@@ -27,6 +27,25 @@ struct KvLayerOf {
 using KvLayer = KvLayerOf<std::uint16_t>;  // IEEE half precision
 using KvLayerFloat = KvLayerOf<float>;
 
+// The same in 8 bits: half the memory, and products of integers, which are exact. A block has a record for each KV
+// head, kv_record_bytes() long:
+//
+//   keys          [head_dim / 4][kBlockPositions][4] bytes, 128 more than the number, as products want one side
+//   unsigned values        [kBlockPositions / 2][head_dim][2] bytes key scales    [kBlockPositions] floats value scales
+//   [kBlockPositions] floats
+//
+// A scale is a head's largest magnitude / 127, and NaN where the head is not finite. Keys are turned by a Hadamard
+// matrix before (as are queries, so that products stay as they are): some models have channels of keys that are ten
+// times the others, which would take all of the scale.
+struct KvLayerInt8 {
+  std::byte* records = nullptr;  // of the first block
+  std::size_t block_stride = 0;  // bytes from a block's records to the next one's
+};
+inline constexpr std::int32_t kKeyBias = 128;
+static constexpr std::size_t kv_record_bytes(std::size_t head_dim) noexcept {
+  return 2 * kBlockPositions * (head_dim + sizeof(float));
+}
+
 // Queries of one sequence, neighbours in position, with the heads that share one KV head.
 //
 // A query's result depends on its own context alone: positions are taken in segments of kSegment, counted from the

@@ -6,6 +6,9 @@
 #include <initializer_list>
 #include <stdexcept>
 #include <string>
+#include <variant>
+
+#include "cpu/kv_kernels.hpp"
 
 namespace rts::cpu {
 namespace {
@@ -27,6 +30,13 @@ Range part_of(std::size_t items, std::size_t part, std::size_t parts) {
 
 std::size_t whole_groups(std::size_t inputs) {
   return (inputs + kGroup - 1) / kGroup * kGroup;
+}
+
+std::variant<KvCacheInt8, KvCache> make_kv_cache(const DecoderSpec& spec, const DecoderLimits& limits) {
+  if (limits.kv_format == KvFormat::kFloat16) {
+    return KvCache(spec.layers, spec.kv_heads, spec.head_dim, limits.num_blocks);
+  }
+  return KvCacheInt8(spec.layers, spec.kv_heads, spec.head_dim, limits.num_blocks);
 }
 
 std::size_t whole_vectors(std::size_t outputs) {
@@ -100,7 +110,7 @@ Decoder::Decoder(const DecoderSpec& spec, const DecoderWeights& weights, ThreadP
       threads_(threads),
       kernels_(kernels),
       limits_(limits),
-      kv_(spec.layers, spec.kv_heads, spec.head_dim, limits.num_blocks),
+      kv_(make_kv_cache(spec, limits)),
       attention_work_(spec.layers * kAttention) {
   for (std::size_t i = 0; i < spec.layers * kProducts + 1; ++i) product_work_.emplace_back(threads.threads());
   const auto floats = [&](std::size_t rows, std::size_t columns) {
@@ -126,6 +136,11 @@ Decoder::Decoder(const DecoderSpec& spec, const DecoderWeights& weights, ThreadP
 }
 
 Decoder::~Decoder() = default;
+
+std::size_t Decoder::kv_block_bytes(const DecoderSpec& spec, KvFormat format) {
+  const auto bytes_of = format == KvFormat::kFloat16 ? KvCache::block_bytes : KvCacheInt8::block_bytes;
+  return bytes_of(spec.layers, spec.kv_heads, spec.head_dim);
+}
 
 void Decoder::step(const NativeStep& step) {
   step.sample(forward(step.shape, step.batch));
@@ -287,16 +302,16 @@ void Decoder::attend(std::size_t thread, std::size_t layer, SharedWork& turned, 
     const AttentionPlan::Piece& piece = plan_.pieces()[i];
     if (!plan_.has_chunks()) turn_and_store(layer, piece.first_token, piece.kv_head);
     const std::size_t at = piece.first_token * queries + piece.kv_head * group * head_dim;
-    kernels_.attend(shape, kv_.of(layer, piece.kv_head),
-                    {.block_table = piece.block_table,
-                     .kv_head = 0,
-                     .first_position = piece.first_position,
-                     .queries = piece.queries,
-                     .query = q_ + at,
-                     .query_stride = queries,
-                     .out = attended_ + at,
-                     .out_stride = queries,
-                     .scratch = scratch_[thread]});
+    const AttentionTask task{.block_table = piece.block_table,
+                             .kv_head = 0,
+                             .first_position = piece.first_position,
+                             .queries = piece.queries,
+                             .query = q_ + at,
+                             .query_stride = queries,
+                             .out = attended_ + at,
+                             .out_stride = queries,
+                             .scratch = scratch_[thread]};
+    std::visit([&](const auto& kv) { cpu::attend(kernels_, shape, kv.of(layer, piece.kv_head), task); }, kv_);
   });
 }
 
@@ -314,8 +329,10 @@ void Decoder::turn_and_store(std::size_t layer, std::size_t row, std::size_t kv_
   for (std::size_t head = 0; head < group; ++head) turn(weights.q_norm, query + head * head_dim);
   const std::size_t at = (row * spec_.kv_heads + kv_head) * head_dim;
   turn(weights.k_norm, k_ + at);
-  kernels_.store_kv({.heads = group, .kv_heads = 1, .head_dim = head_dim}, kv_.of(layer, kv_head), batch_.kv_slots[row],
-                    k_ + at, v_ + at);
+  const AttentionShape shape{.heads = group, .kv_heads = 1, .head_dim = head_dim};
+  std::visit(
+      [&](const auto& kv) { store_kv(kernels_, shape, kv.of(layer, kv_head), batch_.kv_slots[row], k_ + at, v_ + at); },
+      kv_);
 }
 
 // `following` will be multiplied next.

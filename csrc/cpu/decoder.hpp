@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <memory>
 #include <span>
+#include <variant>
 #include <vector>
 
 #include "cpu/anonymous_memory.hpp"
@@ -19,12 +20,16 @@
 
 namespace rts::cpu {
 
+// What keys and values are kept as.
+enum class KvFormat : std::uint8_t { kInt8, kFloat16 };
+
 // What a decoder's memory is made for.
 struct DecoderLimits {
   std::size_t max_tokens = 0;   // of a step
   std::size_t max_samples = 0;  // of a step: tokens that want logits
   std::size_t max_context = 0;  // positions of a sequence
   std::size_t num_blocks = 0;   // of the KV cache, kBlockPositions each
+  KvFormat kv_format = KvFormat::kInt8;
 };
 
 // Runs a decoder's steps on the CPU: all threads go through the layers side by side, and share each layer's work. What
@@ -35,6 +40,9 @@ class Decoder final : public NativeModel {
   Decoder(const DecoderSpec& spec, const DecoderWeights& weights, ThreadPool& threads, const Kernels& kernels,
           const DecoderLimits& limits);
   ~Decoder() override;
+
+  // What a block of the KV cache takes.
+  static std::size_t kv_block_bytes(const DecoderSpec& spec, KvFormat format);
 
   void step(const NativeStep& step) override;
 
@@ -66,7 +74,7 @@ class Decoder final : public NativeModel {
   ThreadPool& threads_;
   const Kernels& kernels_;
   const DecoderLimits limits_;
-  KvCache kv_;
+  const std::variant<KvCacheInt8, KvCache> kv_;
   std::vector<AnonymousMemory> memory_;
   std::vector<SharedWork> attention_work_;
   std::vector<PartitionedWork> product_work_;

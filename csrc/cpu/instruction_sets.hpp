@@ -16,6 +16,9 @@
   void store_kv_float(const AttentionShape& shape, const KvLayerFloat& cache, std::int64_t slot, const float* key,  \
                       const float* value) noexcept;                                                                 \
   void attend_float(const AttentionShape& shape, const KvLayerFloat& cache, const AttentionTask& task) noexcept;    \
+  void store_kv_int8(const AttentionShape& shape, const KvLayerInt8& cache, std::int64_t slot, const float* key,    \
+                     const float* value) noexcept;                                                                  \
+  void attend_int8(const AttentionShape& shape, const KvLayerInt8& cache, const AttentionTask& task) noexcept;      \
   void rms_norm(const float* x, const float* weight, std::size_t size, float epsilon, float* out) noexcept;         \
   void layer_norm(const float* x, const float* weight, const float* bias, std::size_t size, float epsilon,          \
                   float* out) noexcept;                                                                             \

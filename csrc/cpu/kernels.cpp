@@ -19,6 +19,8 @@ namespace {
    isa::attend,             \
    isa::store_kv_float,     \
    isa::attend_float,       \
+   isa::store_kv_int8,      \
+   isa::attend_int8,        \
    isa::rms_norm,           \
    isa::layer_norm,         \
    isa::rotate_positions,   \

@@ -50,6 +50,10 @@ struct Kernels {
                          const float* value) noexcept;
   void (*attend_float)(const AttentionShape& shape, const KvLayerFloat& cache, const AttentionTask& task) noexcept;
 
+  void (*store_kv_int8)(const AttentionShape& shape, const KvLayerInt8& cache, std::int64_t slot, const float* key,
+                        const float* value) noexcept;
+  void (*attend_int8)(const AttentionShape& shape, const KvLayerInt8& cache, const AttentionTask& task) noexcept;
+
   // out = x / sqrt(mean(x²) + epsilon) × weight. `out` may be `x`.
   void (*rms_norm)(const float* x, const float* weight, std::size_t size, float epsilon, float* out) noexcept;
   // out = (x - mean) / sqrt(variance + epsilon) × weight + bias.

@@ -40,4 +40,28 @@ class KvCacheOf {
 using KvCache = KvCacheOf<std::uint16_t>;  // IEEE half precision
 using KvCacheFloat = KvCacheOf<float>;
 
+// The same in 8 bits.
+class KvCacheInt8 {
+ public:
+  KvCacheInt8(std::size_t layers, std::size_t kv_heads, std::size_t head_dim, std::size_t num_blocks)
+      : kv_heads_(kv_heads),
+        record_bytes_(kv_record_bytes(head_dim)),
+        block_bytes_(block_bytes(layers, kv_heads, head_dim)),
+        memory_(num_blocks * block_bytes_, true) {}
+
+  static std::size_t block_bytes(std::size_t layers, std::size_t kv_heads, std::size_t head_dim) {
+    return layers * kv_heads * kv_record_bytes(head_dim);
+  }
+
+  KvLayerInt8 of(std::size_t layer, std::size_t kv_head) const {
+    return {memory_.as<std::byte>() + (layer * kv_heads_ + kv_head) * record_bytes_, block_bytes_};
+  }
+
+ private:
+  std::size_t kv_heads_;
+  std::size_t record_bytes_;
+  std::size_t block_bytes_;
+  AnonymousMemory memory_;
+};
+
 }  // namespace rts::cpu

@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 _MOST_THREADS = 1024
 _ENGINES = ("auto", "native", "torch")
+_KV_FORMATS = ("auto", "int8", "float16")
 
 
 class ModelOptions:
@@ -63,6 +64,7 @@ def load_language_model(model: ModelConfig, limits: EngineLimits, path: Path) ->
     options = ModelOptions(model)
     engine = options.choice("engine", _ENGINES)
     threads = options.whole("threads", most=_MOST_THREADS)
+    kv_format = options.choice("kv_cache_dtype", _KV_FORMATS)
     memory: dict[str, Any] = {
         "kv_cache_mb": options.whole("kv_cache_mb") or None,
         "prefix_cache_mb": options.optional("prefix_cache_mb"),
@@ -70,18 +72,23 @@ def load_language_model(model: ModelConfig, limits: EngineLimits, path: Path) ->
     options.refuse_others()
     why = "engine=torch asks for it"
     if engine != "torch":
-        native, lacks = _load_native(model, limits, path, threads, memory)
+        native, lacks = _load_native(model, limits, path, threads, kv_format, memory)
         if native is not None:
             return native
         why = f"the native one does not support {lacks}"
         if engine == "native":
             raise UnsupportedModelError(f"model {model.name!r}: the native engine does not support {lacks}")
         log.info("model %s runs on the torch engine: %s", model.name, why)
+    if kv_format != "auto":
+        raise UnsupportedModelError(
+            f"model {model.name!r}: kv_cache_dtype={kv_format!r} is not supported by the torch engine, which keeps keys"
+            " and values in dtype; leave it out"
+        )
     return _load_torch(model, limits, path, memory, why)
 
 
 def _load_native(
-    model: ModelConfig, limits: EngineLimits, path: Path, threads: int, memory: dict[str, Any]
+    model: ModelConfig, limits: EngineLimits, path: Path, threads: int, kv_format: str, memory: dict[str, Any]
 ) -> tuple[Runner | None, str]:
     """The runner, or what it lacks."""
     if model.device != "cpu":
@@ -100,6 +107,7 @@ def _load_native(
             max_step_tokens=limits.max_step_tokens,
             threads=threads,
             value_bits=4 if model.quantized == "int4" else 8,
+            kv_format="int8" if kv_format == "auto" else kv_format,
             **memory,
         )
     except NeedsTorchEngine as error:

@@ -12,10 +12,12 @@
 #include <numeric>
 #include <ostream>
 #include <random>
+#include <span>
 #include <type_traits>
 #include <vector>
 
 #include "cpu/kernels.hpp"
+#include "cpu/kv_kernels.hpp"
 #include "rts/half.hpp"
 
 namespace rts::cpu {
@@ -30,32 +32,101 @@ constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 constexpr float kGuard = 12345.0F;
 
+// A cache of one layer, and what it makes of the numbers that it is given.
 template <typename Number>
-Number number_of(float value) {
-  if constexpr (std::is_same_v<Number, float>) return value;
-  return static_cast<Number>(to_half(value));
-}
+class FloatFormat {
+ public:
+  static constexpr double kTolerance = 5e-6;
 
-template <typename Number>
-float rounded(float value) {
-  if constexpr (std::is_same_v<Number, float>) return value;
-  return from_half(to_half(value));
-}
+  FloatFormat(const AttentionShape& shape, std::size_t blocks, float unwritten)
+      : block_numbers_(kBlockPositions * shape.kv_heads * shape.head_dim) {
+    keys_.assign(blocks * block_numbers_, number_of(unwritten));
+    values_ = keys_;
+  }
 
-void store(const Kernels& kernels, const AttentionShape& shape, const KvLayer& cache, std::int64_t slot,
-           const float* key, const float* value) {
-  kernels.store_kv(shape, cache, slot, key, value);
-}
-void store(const Kernels& kernels, const AttentionShape& shape, const KvLayerFloat& cache, std::int64_t slot,
-           const float* key, const float* value) {
-  kernels.store_kv_float(shape, cache, slot, key, value);
-}
-void attend(const Kernels& kernels, const AttentionShape& shape, const KvLayer& cache, const AttentionTask& task) {
-  kernels.attend(shape, cache, task);
-}
-void attend(const Kernels& kernels, const AttentionShape& shape, const KvLayerFloat& cache, const AttentionTask& task) {
-  kernels.attend_float(shape, cache, task);
-}
+  KvLayerOf<Number> layer() { return {keys_.data(), values_.data(), block_numbers_}; }
+
+  static Number number_of(float value) {
+    if constexpr (std::is_same_v<Number, float>) return value;
+    return static_cast<Number>(to_half(value));
+  }
+  static std::vector<float> kept(std::span<const float> head) {
+    std::vector<float> numbers(head.begin(), head.end());
+    if constexpr (std::is_same_v<Number, std::uint16_t>) {
+      for (float& x : numbers) x = from_half(to_half(x));
+    }
+    return numbers;
+  }
+  static std::vector<float> kept_key(std::span<const float> head) { return kept(head); }
+  static std::vector<float> kept_query(std::span<const float> head) { return kept_exactly(head); }
+  static std::vector<float> kept_value(std::span<const float> head) { return kept(head); }
+
+ private:
+  static std::vector<float> kept_exactly(std::span<const float> head) { return {head.begin(), head.end()}; }
+
+  std::size_t block_numbers_;
+  std::vector<Number> keys_, values_;
+};
+using HalfFormat = FloatFormat<std::uint16_t>;
+using SingleFormat = FloatFormat<float>;
+
+class Int8Format {
+ public:
+  // 256 weights are rounded to 1/32767 of the largest value, which is 3.
+  static constexpr double kTolerance = 6e-4;
+
+  Int8Format(const AttentionShape& shape, std::size_t blocks, float unwritten)
+      : block_bytes_(shape.kv_heads * kv_record_bytes(shape.head_dim)), memory_(blocks * block_bytes_ / sizeof(float)) {
+    std::ranges::fill(memory_, unwritten);
+  }
+
+  KvLayerInt8 layer() { return {reinterpret_cast<std::byte*>(memory_.data()), block_bytes_}; }
+
+  // Turned, rounded, and turned back.
+  static std::vector<float> kept_key(std::span<const float> head) {
+    const std::size_t together = head.size() & ~(head.size() - 1);
+    return turned(rounded(turned(head, together)), together, 1.0 / static_cast<double>(together));
+  }
+  static std::vector<float> kept_query(std::span<const float> head) { return kept_key(head); }
+  static std::vector<float> kept_value(std::span<const float> head) { return rounded(head); }
+
+  struct Quantized {
+    std::vector<int> numbers;
+    float scale;
+  };
+  static Quantized quantized(std::span<const float> head) {
+    float largest = 0;
+    for (const float x : head) largest = std::max(largest, std::abs(x));
+    Quantized result{{}, largest * (1.0F / 127.0F)};
+    for (const float x : head) {
+      result.numbers.push_back(static_cast<int>(std::nearbyint(x * (127.0F * (1.0F / largest)))));
+    }
+    return result;
+  }
+  static std::vector<float> rounded(std::span<const float> head) {
+    std::vector<float> result;
+    const auto [numbers, scale] = quantized(head);
+    for (const int number : numbers) result.push_back(static_cast<float>(number) * scale);
+    return result;
+  }
+  // Products with each row of a Hadamard matrix.
+  static std::vector<float> turned(std::span<const float> head, std::size_t together, double factor = 1) {
+    std::vector<float> out(head.size());
+    for (std::size_t i = 0; i < head.size(); ++i) {
+      double sum = 0;
+      for (std::size_t k = 0; k < together; ++k) {
+        const double x = head[i / together * together + k];
+        sum += std::popcount(i % together & k) % 2 == 0 ? x : -x;
+      }
+      out[i] = static_cast<float>(sum * factor);
+    }
+    return out;
+  }
+
+ private:
+  std::size_t block_bytes_;
+  std::vector<float> memory_;
+};
 
 AttentionShape shape_of(std::size_t heads, std::size_t kv_heads, std::size_t head_dim, std::size_t window = 0) {
   return {heads, kv_heads, head_dim, 1.0F / std::sqrt(static_cast<float>(head_dim)), window};
@@ -92,26 +163,24 @@ struct Sequence {
 };
 
 // A sequence's cache in blocks that lie anywhere; what is not its own is `unwritten`.
-template <typename Number>
+template <typename Format>
 class Cache {
  public:
   Cache(const Kernels& kernels, const Sequence& sequence, float unwritten, std::uint32_t seed)
-      : kernels_(kernels), sequence_(sequence) {
-    const std::size_t own_blocks = (sequence.length + kBlockPositions - 1) / kBlockPositions;
-    const std::size_t blocks = own_blocks + 3;
-    std::vector<std::int32_t> order(blocks);
+      : kernels_(kernels),
+        sequence_(sequence),
+        own_blocks_((sequence.length + kBlockPositions - 1) / kBlockPositions),
+        format_(sequence.shape, own_blocks_ + 3, unwritten) {
+    std::vector<std::int32_t> order(own_blocks_ + 3);
     std::iota(order.begin(), order.end(), 0);
     std::shuffle(order.begin(), order.end(), std::mt19937(seed));
-    table_.assign(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(own_blocks));
-    keys_.assign(blocks * kBlockPositions * sequence.kv_columns(), number_of<Number>(unwritten));
-    values_ = keys_;
+    table_.assign(order.begin(), order.begin() + static_cast<std::ptrdiff_t>(own_blocks_));
     for (std::size_t position = 0; position < sequence.length; ++position) {
-      store(kernels, sequence.shape, layer(), slot(position), &sequence.keys[position * sequence.kv_columns()],
-            &sequence.values[position * sequence.kv_columns()]);
+      store_kv(kernels, sequence.shape, format_.layer(), slot(position),
+               &sequence.keys[position * sequence.kv_columns()], &sequence.values[position * sequence.kv_columns()]);
     }
   }
 
-  KvLayerOf<Number> layer() { return {keys_.data(), values_.data(), kBlockPositions * sequence_.kv_columns()}; }
   std::int64_t slot(std::size_t position) const {
     return table_[position / kBlockPositions] * static_cast<std::int64_t>(kBlockPositions) +
            static_cast<std::int64_t>(position % kBlockPositions);
@@ -131,7 +200,7 @@ class Cache {
     float* const scratch = memory.data() + (64 - reinterpret_cast<std::uintptr_t>(memory.data()) % 64) / sizeof(float);
     scratch[scratch_floats] = kGuard;
     for (std::size_t kv_head = 0; kv_head < shape.kv_heads; ++kv_head) {
-      attend(kernels_, shape, layer(),
+      attend(kernels_, shape, format_.layer(),
              {table_.data(), kv_head, first, count, query.data(), stride, out.data(), stride, scratch});
       const std::size_t written = (kv_head + 1) * columns / shape.kv_heads;
       for (std::size_t i = 0; i < count; ++i) {
@@ -152,21 +221,28 @@ class Cache {
  private:
   const Kernels& kernels_;
   const Sequence& sequence_;
+  std::size_t own_blocks_;
+  Format format_;
   std::vector<std::int32_t> table_;
-  std::vector<Number> keys_, values_;
 };
 
 // The same for one query, in double precision, of keys and values as the cache rounds them.
-template <typename Number>
+template <typename Format>
 std::vector<double> reference(const Sequence& sequence, std::size_t position) {
   const AttentionShape& shape = sequence.shape;
   const std::size_t begin = shape.window != 0 && position + 1 > shape.window ? position + 1 - shape.window : 0;
   std::vector<double> keys, values, out(sequence.query_columns());
-  for (const float x : sequence.keys) keys.push_back(rounded<Number>(x));
-  for (const float x : sequence.values) values.push_back(rounded<Number>(x));
+  const auto append = [](std::vector<double>& to, const std::vector<float>& head) {
+    to.insert(to.end(), head.begin(), head.end());
+  };
+  for (std::size_t i = 0; i < sequence.keys.size(); i += shape.head_dim) {
+    append(keys, Format::kept_key({&sequence.keys[i], shape.head_dim}));
+    append(values, Format::kept_value({&sequence.values[i], shape.head_dim}));
+  }
   for (std::size_t head = 0; head < shape.heads; ++head) {
     const std::size_t column = head / (shape.heads / shape.kv_heads) * shape.head_dim;
-    const float* const query = sequence.query(position) + head * shape.head_dim;
+    const std::vector<float> query =
+        Format::kept_query({sequence.query(position) + head * shape.head_dim, shape.head_dim});
     std::vector<double> weights;
     for (std::size_t at = begin; at <= position; ++at) {
       const double* const key = &keys[at * sequence.kv_columns() + column];
@@ -219,10 +295,12 @@ const std::vector<AttentionShape>& shapes() {
   return shapes;
 }
 
-template <typename Number>
-class AttentionTest : public testing::Test {};
 using Numbers = testing::Types<std::uint16_t, float>;
-TYPED_TEST_SUITE(AttentionTest, Numbers);
+
+template <typename Format>
+class AttentionTest : public testing::Test {};
+using Formats = testing::Types<HalfFormat, SingleFormat, Int8Format>;
+TYPED_TEST_SUITE(AttentionTest, Formats);
 
 TYPED_TEST(AttentionTest, IsWithinRoundingOfTheReference) {
   for (const AttentionShape& shape : shapes()) {
@@ -231,7 +309,7 @@ TYPED_TEST(AttentionTest, IsWithinRoundingOfTheReference) {
       const std::vector<double> expected = reference<TypeParam>(sequence, length - 1);
       for (const Kernels* const kernels : available_kernels()) {
         Cache<TypeParam> cache(*kernels, sequence, kNan, 1);
-        EXPECT_LT(largest_difference(cache.attend_to(length - 1, 1), expected), 5e-6)
+        EXPECT_LT(largest_difference(cache.attend_to(length - 1, 1), expected), TypeParam::kTolerance)
             << kernels->name << " " << testing::PrintToString(shape) << " length " << length;
       }
     }
@@ -271,17 +349,17 @@ TYPED_TEST(AttentionTest, AQueryIsUntouchedByNanThatItDoesNotSee) {
       Cache<TypeParam> cache(*kernels, sequence, kNan, 4);
       const std::vector<float> expected = cache.attend_to(kFirst, kMaxQueries);
 
-      Sequence wrong = sequence;
-      std::fill_n(wrong.query(kFirst + kWrong), wrong.query_columns(), kNan);
-      std::fill_n(wrong.keys.begin() + (kFirst + kWrong) * wrong.kv_columns(), wrong.kv_columns(), kNan);
-      std::fill_n(wrong.values.begin() + (kFirst + kWrong) * wrong.kv_columns(), wrong.kv_columns(), kNan);
-      Cache<TypeParam> wrong_cache(*kernels, wrong, kNan, 4);
-      const std::vector<float> found = wrong_cache.attend_to(kFirst, kMaxQueries);
-      for (std::size_t i = 0; i < kMaxQueries; ++i) {
-        const std::vector<float> row = slice(found, wrong.query_columns(), i);
-        const bool sees = i >= kWrong && (shape.window == 0 || i < kWrong + shape.window);
-        EXPECT_TRUE(sees ? is_all_nan(row) : same_bits(row, slice(expected, wrong.query_columns(), i)))
-            << kernels->name << " " << testing::PrintToString(shape) << " query " << i;
+      for (std::vector<float> Sequence::* const part : {&Sequence::keys, &Sequence::values}) {
+        Sequence wrong = sequence;
+        std::fill_n((wrong.*part).begin() + (kFirst + kWrong) * wrong.kv_columns(), wrong.kv_columns(), kNan);
+        Cache<TypeParam> wrong_cache(*kernels, wrong, kNan, 4);
+        const std::vector<float> found = wrong_cache.attend_to(kFirst, kMaxQueries);
+        for (std::size_t i = 0; i < kMaxQueries; ++i) {
+          const std::vector<float> row = slice(found, wrong.query_columns(), i);
+          const bool sees = i >= kWrong && (shape.window == 0 || i < kWrong + shape.window);
+          EXPECT_TRUE(sees ? is_all_nan(row) : same_bits(row, slice(expected, wrong.query_columns(), i)))
+              << kernels->name << " " << testing::PrintToString(shape) << " query " << i;
+        }
       }
     }
   }
@@ -320,7 +398,8 @@ TYPED_TEST(AttentionTest, LargeScoresNeitherOverflowNorVanish) {
     const std::vector<double> expected = reference<TypeParam>(sequence, sequence.length - 1);
     for (const Kernels* const kernels : available_kernels()) {
       Cache<TypeParam> cache(*kernels, sequence, kNan, 6);
-      EXPECT_LT(largest_difference(cache.attend_to(sequence.length - 1, 1), expected), 1e-6) << kernels->name;
+      EXPECT_LT(largest_difference(cache.attend_to(sequence.length - 1, 1), expected), TypeParam::kTolerance / 5)
+          << kernels->name;
     }
   }
 }
@@ -332,7 +411,7 @@ TYPED_TEST(AttentionTest, AllInstructionSetsAgree) {
     const std::vector<float> expected = Cache<TypeParam>(portable, sequence, kNan, 7).attend_to(584, 16);
     for (const Kernels* const kernels : available_kernels()) {
       Cache<TypeParam> cache(*kernels, sequence, kNan, 7);
-      EXPECT_LT(largest_difference(cache.attend_to(584, 16), expected), 5e-6)
+      EXPECT_LT(largest_difference(cache.attend_to(584, 16), expected), TypeParam::kTolerance)
           << kernels->name << " " << testing::PrintToString(shape);
     }
   }
@@ -342,17 +421,21 @@ TEST(AttentionNumbersTest, TheCachesNumbersAreTheOnlyDifference) {
   for (const Kernels* const kernels : available_kernels()) {
     for (const AttentionShape& shape : shapes()) {
       Sequence sequence(shape, 300, 8);
-      for (float& x : sequence.keys) x = rounded<std::uint16_t>(x);
-      for (float& x : sequence.values) x = rounded<std::uint16_t>(x);
-      Cache<std::uint16_t> halves(*kernels, sequence, kNan, 8);
-      Cache<float> floats(*kernels, sequence, kNan, 8);
+      sequence.keys = HalfFormat::kept(sequence.keys);
+      sequence.values = HalfFormat::kept(sequence.values);
+      Cache<HalfFormat> halves(*kernels, sequence, kNan, 8);
+      Cache<SingleFormat> floats(*kernels, sequence, kNan, 8);
       EXPECT_TRUE(same_bits(halves.attend_to(290, 10), floats.attend_to(290, 10)))
           << kernels->name << " " << testing::PrintToString(shape);
     }
   }
 }
 
-TYPED_TEST(AttentionTest, APositionIsStoredInItsPlacesOnly) {
+template <typename Number>
+class FloatStoreTest : public testing::Test {};
+TYPED_TEST_SUITE(FloatStoreTest, Numbers);
+
+TYPED_TEST(FloatStoreTest, APositionIsStoredInItsPlacesOnly) {
   const std::vector<float> special{0.0F,     -0.0F,    1.0F,     -2.5F,      65504.0F, 65519.0F,  65520.0F,   -1e9F,
                                    0x1p-14F, 0x1p-24F, 0x1p-25F, 0x1.8p-25F, 1e-9F,    kInfinity, -kInfinity, 2049.0F};
   for (const Kernels* const kernels : available_kernels()) {
@@ -366,21 +449,87 @@ TYPED_TEST(AttentionTest, APositionIsStoredInItsPlacesOnly) {
         key[i] = special[i % special.size()];
         value[i] = special[(i + 3) % special.size()];
       }
-      const TypeParam unwritten = number_of<TypeParam>(kGuard);
+      const TypeParam unwritten = FloatFormat<TypeParam>::number_of(kGuard);
       std::vector<TypeParam> keys(kBlocks * kBlockPositions * columns, unwritten), values = keys;
       std::vector<TypeParam> expected_keys = keys, expected_values = keys;
       for (std::size_t head = 0; head < shape.kv_heads; ++head) {
         for (std::size_t i = 0; i < head_dim; ++i) {
           const std::size_t block = (1 * shape.kv_heads + head) * kBlockPositions * head_dim;
-          expected_keys[block + i * kBlockPositions + 5] = number_of<TypeParam>(key[head * head_dim + i]);
-          expected_values[block + 5 * head_dim + i] = number_of<TypeParam>(value[head * head_dim + i]);
+          expected_keys[block + i * kBlockPositions + 5] = FloatFormat<TypeParam>::number_of(key[head * head_dim + i]);
+          expected_values[block + 5 * head_dim + i] = FloatFormat<TypeParam>::number_of(value[head * head_dim + i]);
         }
       }
-      store(*kernels, shape, KvLayerOf<TypeParam>{keys.data(), values.data(), kBlockPositions * columns}, kSlot,
-            key.data(), value.data());
+      store_kv(*kernels, shape, KvLayerOf<TypeParam>{keys.data(), values.data(), kBlockPositions * columns}, kSlot,
+               key.data(), value.data());
       EXPECT_EQ(keys, expected_keys) << kernels->name << " " << head_dim;
       EXPECT_EQ(values, expected_values) << kernels->name << " " << head_dim;
     }
+  }
+}
+
+TEST(Int8StoreTest, APositionIsStoredInItsPlacesOnly) {
+  for (const Kernels* const kernels : available_kernels()) {
+    for (const std::size_t head_dim : {8, 16, 64, 72, 96, 256}) {
+      const AttentionShape shape = shape_of(4, 2, head_dim);
+      constexpr std::size_t kBlocks = 3, kOffset = 5;
+      const std::size_t record = kv_record_bytes(head_dim), columns = shape.kv_heads * head_dim;
+      std::mt19937 random(9);
+      std::uniform_int_distribution<int> some(-99, 99);  // whose sums are exact in any order
+      std::vector<float> key(columns), value(columns);
+      for (float& x : key) x = static_cast<float>(some(random));
+      for (float& x : value) x = static_cast<float>(some(random));
+
+      std::vector<std::byte> expected(kBlocks * shape.kv_heads * record, std::byte{77});
+      std::vector<std::byte> found = expected;
+      for (std::size_t head = 0; head < shape.kv_heads; ++head) {
+        std::byte* const to = &expected[(shape.kv_heads + head) * record];
+        const auto put_scale = [&](std::size_t number, float scale) {
+          std::memcpy(to + 2 * kBlockPositions * head_dim + number * sizeof scale, &scale, sizeof scale);
+        };
+        const std::size_t together = head_dim & ~(head_dim - 1);
+        const auto [keys, key_scale] =
+            Int8Format::quantized(Int8Format::turned({&key[head * head_dim], head_dim}, together));
+        const auto [values, value_scale] = Int8Format::quantized({&value[head * head_dim], head_dim});
+        put_scale(kOffset, key_scale);
+        put_scale(kBlockPositions + kOffset, value_scale);
+        for (std::size_t i = 0; i < head_dim; ++i) {
+          to[i / 4 * 4 * kBlockPositions + kOffset * 4 + i % 4] = static_cast<std::byte>(keys[i] + kKeyBias);
+          to[kBlockPositions * head_dim + kOffset / 2 * 2 * head_dim + 2 * i + kOffset % 2] =
+              static_cast<std::byte>(values[i]);
+        }
+      }
+      store_kv(*kernels, shape, KvLayerInt8{found.data(), shape.kv_heads * record}, kBlockPositions + kOffset,
+               key.data(), value.data());
+      EXPECT_EQ(found, expected) << kernels->name << " " << head_dim;
+    }
+  }
+}
+
+// A channel of keys that is a hundred times the others, as some models have: it takes the others' precision only where
+// nothing is turned.
+TEST(Int8AttentionTest, AnOutlyingChannelOfKeysDoesNotDrownTheOthers) {
+  Sequence sequence(shape_of(9, 3, 64), 300, 10);
+  for (std::size_t i = 17; i < sequence.keys.size(); i += 64) sequence.keys[i] = 100;
+  for (std::size_t i = 17; i < sequence.queries.size(); i += 64) sequence.queries[i] = 0;
+  const std::vector<double> expected = reference<SingleFormat>(sequence, 299);
+  for (const Kernels* const kernels : available_kernels()) {
+    EXPECT_LT(largest_difference(Cache<Int8Format>(*kernels, sequence, kNan, 10).attend_to(299, 1), expected), 0.15)
+        << kernels->name;
+  }
+}
+
+// A thousand small weights beside a large one, whose value is small: in 8 bits they would all be 0.
+TEST(Int8AttentionTest, ManySmallWeightsCountBesideALargeOne) {
+  Sequence sequence(shape_of(1, 1, 64), 256, 11);
+  std::ranges::fill(sequence.queries, 1.0F);
+  std::ranges::fill(sequence.keys, 0.0F);
+  std::fill_n(sequence.keys.begin(), 64, 6.5F / 64 / sequence.shape.scale);  // e^6.5 = 665 times the others' weight
+  std::ranges::fill(sequence.values, 1.0F);
+  std::fill_n(sequence.values.begin(), 64, 0.01F);
+  const std::vector<double> expected = reference<SingleFormat>(sequence, 255);
+  for (const Kernels* const kernels : available_kernels()) {
+    const std::vector<float> found = Cache<Int8Format>(*kernels, sequence, kNan, 11).attend_to(255, 1);
+    EXPECT_NEAR(found[0], expected[0], 0.03 * expected[0]) << kernels->name;
   }
 }
 

@@ -10,6 +10,8 @@ namespace rts::cpu::avx2 {
 
 // Sixteen floats in two registers.
 class Vector16 {
+  friend class Integers16;
+
  public:
   static constexpr std::size_t kLanes = 16;
   static constexpr std::size_t kRegisters = 7;  // pairs that a tile may take, one of the eight being left for operands
@@ -42,6 +44,15 @@ class Vector16 {
   }
   void store_eight(float* to) const { _mm256_storeu_ps(to, low_); }
   void store_eight(std::uint16_t* to) const { to_halves(low_, to); }
+  // The nearest integers, ties to even, where they are in the type's range; any where they are not.
+  void store_nearest(std::int8_t* to) const {
+    const __m256i pairs = nearest_in_16_bits();
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to),
+                     _mm_packs_epi16(_mm256_castsi256_si128(pairs), _mm256_extracti128_si256(pairs, 1)));
+  }
+  void store_nearest(std::int16_t* to) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), nearest_in_16_bits());
+  }
 
   friend Vector16 operator+(Vector16 a, Vector16 b) {
     return Vector16(_mm256_add_ps(a.low_, b.low_), _mm256_add_ps(a.high_, b.high_));
@@ -76,6 +87,16 @@ class Vector16 {
     };
     return Vector16(select(in.low_, out.low_, 0), select(in.high_, out.high_, 8));
   }
+  // In lane i what is in lane i xor kDistance: a power of two.
+  template <std::size_t kDistance>
+  friend Vector16 swap_lanes(Vector16 x) {
+    if constexpr (kDistance == 8) return Vector16(x.high_, x.low_);
+    const auto swap = [](__m256 own) {
+      if constexpr (kDistance == 4) return _mm256_permute2f128_ps(own, own, 1);
+      return _mm256_permute_ps(own, kDistance == 2 ? 0x4E : 0xB1);
+    };
+    return Vector16(swap(x.low_), swap(x.high_));
+  }
   // 2^n in the lanes whose number is 1.5 × 2^23 + n, n being in -126..127.
   friend Vector16 power_of_two(Vector16 rounded) {
     const auto power = [](__m256 own) {
@@ -106,6 +127,10 @@ class Vector16 {
   static __m256i lanes_below(std::size_t count, int first) {
     const __m256i lanes = _mm256_add_epi32(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(first));
     return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(count)), lanes);
+  }
+  __m256i nearest_in_16_bits() const {
+    const __m256i packed = _mm256_packs_epi32(_mm256_cvtps_epi32(low_), _mm256_cvtps_epi32(high_));
+    return _mm256_permute4x64_epi64(packed, 0xD8);  // it packed each half of 128 bits for itself
   }
   static __m256 from_halves(const std::uint16_t* from) {
     return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));

@@ -10,6 +10,8 @@ namespace rts::cpu::avx512 {
 
 // Sixteen floats in a register.
 class Vector16 {
+  friend class Integers16;
+
  public:
   static constexpr std::size_t kLanes = 16;
   static constexpr std::size_t kRegisters = 30;  // that a tile may take, two of the 32 being left for operands
@@ -39,6 +41,13 @@ class Vector16 {
   void store_eight(std::uint16_t* to) const {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm256_castsi256_si128(halves()));
   }
+  // The nearest integers, ties to even, where they are in the type's range; any where they are not.
+  void store_nearest(std::int8_t* to) const {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to), _mm512_maskz_cvtepi32_epi8(kAll, nearest()));
+  }
+  void store_nearest(std::int16_t* to) const {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm512_maskz_cvtepi32_epi16(kAll, nearest()));
+  }
 
   friend Vector16 operator+(Vector16 a, Vector16 b) { return Vector16(_mm512_add_ps(a.value_, b.value_)); }
   friend Vector16 operator-(Vector16 a, Vector16 b) { return Vector16(_mm512_sub_ps(a.value_, b.value_)); }
@@ -57,6 +66,13 @@ class Vector16 {
   // `in` in the lanes [begin, end), end being at most 16.
   static Vector16 select_lanes(std::size_t begin, std::size_t end, Vector16 in, Vector16 out) {
     return Vector16(_mm512_mask_blend_ps(_kandn_mask16(lanes_below(begin), lanes_below(end)), out.value_, in.value_));
+  }
+  // In lane i what is in lane i xor kDistance: a power of two.
+  template <std::size_t kDistance>
+  friend Vector16 swap_lanes(Vector16 x) {
+    if constexpr (kDistance == 8) return Vector16(_mm512_maskz_shuffle_f32x4(kAll, x.value_, x.value_, 0x4E));
+    if constexpr (kDistance == 4) return Vector16(_mm512_maskz_shuffle_f32x4(kAll, x.value_, x.value_, 0xB1));
+    return Vector16(_mm512_maskz_permute_ps(kAll, x.value_, kDistance == 2 ? 0x4E : 0xB1));
   }
   // 2^n in the lanes whose number is 1.5 × 2^23 + n, n being in -126..127.
   friend Vector16 power_of_two(Vector16 rounded) {
@@ -90,6 +106,7 @@ class Vector16 {
   __m256 eight() const {
     return _mm512_maskz_extractf32x8_ps(static_cast<__mmask8>(kAll), value_, kHalf);
   }
+  __m512i nearest() const { return _mm512_maskz_cvtps_epi32(kAll, value_); }
   __m256i halves() const { return _mm512_maskz_cvtps_ph(kAll, value_, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
 
   __m512 value_;

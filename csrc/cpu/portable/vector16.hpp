@@ -6,6 +6,7 @@
 #include <cstring>
 #include <utility>
 
+#include "cpu/quantization.hpp"
 #include "rts/half.hpp"
 
 namespace rts::cpu::portable {
@@ -61,6 +62,15 @@ class Vector16 {
     std::memcpy(to, halves, sizeof halves / 2);
   }
 
+  // The nearest integers, ties to even, where they are in the type's range; any where they are not.
+  template <typename Integer>
+  void store_nearest(Integer* to) const {
+    static_assert(sizeof(Integer) <= sizeof(std::int16_t));
+    float lanes[kLanes];
+    store(lanes);
+    for (std::size_t lane = 0; lane < kLanes; ++lane) to[lane] = static_cast<Integer>(nearest(lanes[lane]));
+  }
+
   friend Vector16 operator+(Vector16 a, Vector16 b) {
     return of_parts([&](std::size_t i) { return a.parts_[i] + b.parts_[i]; });
   }
@@ -94,6 +104,15 @@ class Vector16 {
       if (lane < begin || lane >= end) lanes[lane] = others[lane];
     }
     return load(lanes);
+  }
+  // In lane i what is in lane i xor kDistance: a power of two.
+  template <std::size_t kDistance>
+  friend Vector16 swap_lanes(Vector16 x) {
+    if constexpr (kDistance >= 4) return of_parts([&](std::size_t i) { return x.parts_[i ^ kDistance / 4]; });
+    return of_parts([&](std::size_t i) {
+      const Four own = x.parts_[i];
+      return kDistance == 2 ? Four{own[2], own[3], own[0], own[1]} : Four{own[1], own[0], own[3], own[2]};
+    });
   }
   // 2^n in the lanes whose number is 1.5 × 2^23 + n, n being in -126..127.
   friend Vector16 power_of_two(Vector16 rounded) {

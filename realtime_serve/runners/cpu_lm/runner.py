@@ -31,6 +31,7 @@ class CpuLM:
         max_batch_size: int,
         max_step_tokens: int,
         kv_plan: KvPlan,
+        kv_format: str,
     ) -> None:
         self.vocabulary_tokens = vocabulary_tokens
         self.special_tokens = tokenizer.special_tokens
@@ -44,6 +45,7 @@ class CpuLM:
             max_samples=max_batch_size,
             max_context=max_context,
             num_blocks=self.num_blocks,
+            kv_format=kv_format,
         )
 
     @classmethod
@@ -57,11 +59,13 @@ class CpuLM:
         max_step_tokens: int,
         threads: int = 0,
         value_bits: int = 8,
+        kv_format: str = "int8",
         kv_cache_mb: int | None = None,
         prefix_cache_mb: int | None = None,
     ) -> CpuLM:
         """Loads a GGUF file, or a Hugging Face folder of safetensors. `threads` of 0: one a physical core.
-        Weights of 4 bits stay as they are, others get `value_bits`, 4 or 8, in the layers.
+        Weights of 4 bits stay as they are, others get `value_bits`, 4 or 8, in the layers. `kv_format`: what
+        keys and values are kept as, "int8" or "float16".
 
         Raises NeedsTorchEngine where the model has what this engine lacks, and ModelLoadError or UnsupportedModelError
         with one line that says what is wrong.
@@ -77,7 +81,7 @@ class CpuLM:
                 source=checkpoint.source,
                 weights="integers of 4 and 8 bits",
                 weight_bytes=weights.packed_bytes,
-                block_bytes=weights.kv_block_bytes,
+                block_bytes=weights.kv_block_bytes(kv_format),
                 block_size=KV_BLOCK_POSITIONS,
                 max_context=max_context,
                 max_batch_size=max_batch_size,
@@ -100,6 +104,7 @@ class CpuLM:
             max_batch_size=max_batch_size,
             max_step_tokens=max(max_step_tokens, max_batch_size),
             kv_plan=kv_plan,
+            kv_format=kv_format,
         )
 
     @property
