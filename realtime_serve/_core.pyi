@@ -354,6 +354,9 @@ class GgufFile:
     def raw(self, name: str) -> npt.NDArray[np.uint8]:
         """The tensor's bytes as stored, (nbytes,): a read-only view of the mapping. KeyError for an unknown name."""
 
+def ask_for_long_slices() -> None:
+    """This thread, and those that it starts, make way at once for others' that do not: see rts/scheduling_slice.hpp."""
+
 def decode_byte_level(entries: list[str]) -> list[bytes]: ...
 def json_string(text: str) -> bytes: ...
 def token_event(index: int, token_id: int, text: str, logprob: float | None = None) -> bytes: ...

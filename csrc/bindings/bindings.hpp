@@ -13,6 +13,7 @@ void register_gguf(pybind11::module_& m);
 void register_native_model(pybind11::module_& m);
 void register_paged_attention(pybind11::module_& m);
 void register_priority_queue(pybind11::module_& m);
+void register_scheduling_slice(pybind11::module_& m);
 void register_text(pybind11::module_& m);
 
 }  // namespace rts::bindings

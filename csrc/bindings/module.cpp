@@ -13,4 +13,5 @@ PYBIND11_MODULE(_core, m) {
   rts::bindings::register_gguf(m);
   rts::bindings::register_paged_attention(m);
   rts::bindings::register_priority_queue(m);
+  rts::bindings::register_scheduling_slice(m);
 }

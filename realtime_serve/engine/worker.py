@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 
-from realtime_serve._core import Channel
+from realtime_serve._core import Channel, ask_for_long_slices
 from realtime_serve.engine.control import ControlSocket
 from realtime_serve.engine.launch import load_worker
 from realtime_serve.engine.load_spec import LoadSpec
@@ -31,6 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, (signal.SIGINT, signal.SIGTERM))
+    ask_for_long_slices()  # before the engine's threads are started
     return serve(ControlSocket(socket.socket(fileno=args.control_fd)))
 
 

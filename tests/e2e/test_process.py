@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import http.client
 import json
 import os
+import platform
 import select
 import signal
 import socket
+import struct
 import urllib.request
 
 import pytest
@@ -50,6 +53,26 @@ def test_a_signal_lets_streams_finish(number: signal.Signals, isolation: str) ->
         for child in children:
             assert select.select([child], [], [], 0)[0], "a worker outlived its server"
             os.close(child)
+
+
+def test_a_worker_runs_in_long_slices_and_the_server_does_not() -> None:
+    with serve("null") as server:
+        server.port()
+        (worker,) = _children(server.process.pid)
+        own = _slice_ns(server.process.pid)
+        workers = _slice_ns(worker)
+    knows_slices = tuple(map(int, platform.release().split(".")[:2])) >= (6, 12)
+    assert workers == (50_000_000 if knows_slices else own)
+    assert own != 50_000_000
+
+
+def _slice_ns(process: int) -> int:
+    """Of its main thread, as sched_getattr(2) has it."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    attributes = ctypes.create_string_buffer(48)
+    library_call = {"x86_64": 315, "aarch64": 275}[platform.machine()]
+    assert libc.syscall(library_call, process, attributes, len(attributes), 0) == 0, os.strerror(ctypes.get_errno())
+    return int(struct.unpack_from("IIQiIQ", attributes.raw)[5])
 
 
 def test_a_second_signal_ends_it_now() -> None:

@@ -97,12 +97,13 @@ class Scheduler {
 
  private:
   static constexpr std::uint32_t kPlansInFlight = 2;
-  // What prompts may take of a step, as a multiple of what its streams take: a prompt counts for four streams, within
-  // bounds. The least keeps the pace of all streams where one long prompt is read; where many wait for few, they are
-  // not held up for these: of 32 that came at once, half had to wait 1.9 s for their first token. At 0.35 as the least,
-  // a prompt of 2,000 beside 8 streams took 10 s instead of 2, and the next ones that came meanwhile slowed steps all
-  // the same; at 0.9 it takes 5, and gaps of the streams are as long.
-  static constexpr double kPromptShare = 4.0, kLeastPromptShare = 0.9, kMostPromptShare = 4.0;
+  // What prompts may take of a step, as a multiple of what its streams take: by the root of how many prompts there are
+  // for a stream, within bounds. The least bounds the pace of all streams where one long prompt is read; where many
+  // wait for few, they are not held up for these: of 32 that came at once, half had to wait 1.9 s for their first
+  // token. A prompt of 2,000 every 5 s beside 8 streams needs 0.7 of them with the streams' own prompts: with 0.3
+  // prompts pile up (7 s to the first token, 1.5 alone), with 0.9 and in proportion to their number, the 99th
+  // percentile of the gaps is 35 ms and not 27.
+  static constexpr double kPromptShare = 1.2, kLeastPromptShare = 0.7, kMostPromptShare = 4.0;
   // What prompts may take of a step in which nobody decodes: who comes meanwhile waits for its end.
   static constexpr double kMostAloneNs = 200e6;
   // Positions of prompts that a step reads in any case: beside streams, and where nobody decodes.
