@@ -134,12 +134,20 @@ class SchemeEngine(TorchEngine):
             module.register_forward_pre_hook(lambda _, inputs: (scheme.inputs(inputs[0]),))
 
 
-def _native(path: Path) -> Engine:
-    checkpoint = open_checkpoint(path)
-    decoder = decoder_of(checkpoint.config, checkpoint.source, checkpoint.rope_factors)
-    weights = make_weights(decoder, Parts(decoder, checkpoint), threads=physical_cores())
-    weights.pack()
-    return weights
+class NativeEngine:
+    """Ours for CPUs."""
+
+    def __init__(self, path: Path, *, kv_format: str = "int8", value_bits: int = 8) -> None:
+        checkpoint = open_checkpoint(path)
+        decoder = decoder_of(checkpoint.config, checkpoint.source, checkpoint.rope_factors)
+        self.kv_format = kv_format
+        self.weights = make_weights(
+            decoder, Parts(decoder, checkpoint), threads=physical_cores(), value_bits=value_bits
+        )
+        self.weights.pack()
+
+    def logits(self, token_ids: Tokens, /) -> Logits:
+        return self.weights.logits(token_ids, kv_format=self.kv_format)
 
 
 def _scheme(scheme: Scheme) -> Callable[[Path], Engine]:
@@ -147,7 +155,15 @@ def _scheme(scheme: Scheme) -> Callable[[Path], Engine]:
 
 
 ENGINES: dict[str, tuple[Callable[[Path], Engine], str]] = {
-    "native": (_native, "our engine for CPUs"),
+    "native": (NativeEngine, "our engine for CPUs"),
+    "native-kv16": (
+        lambda path: NativeEngine(path, kv_format="float16"),
+        "the same with keys and values in half precision",
+    ),
+    "native-int4": (
+        lambda path: NativeEngine(path, value_bits=4),
+        "the same with the layers' weights in 4 bits where they are not already",
+    ),
     "torch": (TorchEngine, "the reference itself"),
     "bfloat16": (lambda path: TorchEngine(path, torch.bfloat16), "the reference's model, all of it in bfloat16"),
     "a8": (_scheme(Scheme(_exact, _exact, _8_bits)), "exact weights, inputs in 8 bits"),

@@ -8,7 +8,7 @@ from realtime_serve.errors import ModelLoadError
 
 _DEFAULT_KV_CACHE_MB = 1024
 # On a CPU the cache's memory is taken as it is used, and idle blocks would keep it.
-_DEFAULT_PREFIX_CACHE_MB = 64
+_DEFAULT_PREFIX_CACHE_MB = 48
 # Of what is free beside the weights; the rest is for a step's activations.
 _KV_CACHE_SHARE = 0.8
 
