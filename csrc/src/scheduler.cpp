@@ -1,7 +1,6 @@
 #include "rts/scheduler.hpp"
 
 #include <algorithm>
-#include <cmath>
 #include <stdexcept>
 #include <tuple>
 #include <utility>
@@ -113,7 +112,7 @@ Scheduler::PromptBudget Scheduler::prompt_budget(const Plan& plan) const {
   if (config_.target_step_ns == 0) {
     const std::size_t places = config_.max_sequences - running_.size();
     const std::size_t prompts = running_.size() - plan.decoding + std::min(waiting_.size(), places);
-    const double share = kPromptShare * std::sqrt(static_cast<double>(prompts) / plan.decoding);
+    const double share = kPromptShare * static_cast<double>(prompts) / plan.decoding;
     ns = decode_ns * std::clamp(share, kLeastPromptShare, kMostPromptShare);
   }
   return {std::min(left, cost_.most_beside_decoding()), std::max(ns, cost_.prompts_ns({0, kLeastPrompt}))};

@@ -696,9 +696,9 @@ TEST(Scheduler, PromptsTakeMoreOfAStepWhereMoreWaitThanRun) {
     return plan->prompts.positions;
   };
   EXPECT_NEAR(positions_beside(8, 1), 14, 2);   // 7 ms, the least
-  EXPECT_NEAR(positions_beside(8, 6), 21, 2);   // 10.4 ms
-  EXPECT_NEAR(positions_beside(4, 12), 42, 3);  // 21 ms
-  EXPECT_NEAR(positions_beside(1, 15), 80, 8);  // 40 ms, the most
+  EXPECT_NEAR(positions_beside(8, 4), 20, 2);   // 10 ms
+  EXPECT_NEAR(positions_beside(8, 8), 40, 4);   // 20 ms
+  EXPECT_NEAR(positions_beside(4, 12), 80, 8);  // 40 ms, the most
 }
 
 TEST(Scheduler, AShortPromptIsReadBesideALongOneAndNotBehindIt) {
@@ -753,7 +753,7 @@ TEST(Scheduler, ChunksBesideStreamsGrowByDoubling) {
   engine.add(1, 900);
   std::vector<std::uint32_t> positions;
   for (int i = 0; i < 20; ++i) {
-    for (int prompt = 0; i == 10 && prompt < 12; ++prompt) engine.add(900, 1);
+    for (int prompt = 0; i == 10 && prompt < 2; ++prompt) engine.add(900, 1);
     Plan* plan = engine.schedule();
     if (i > 10) positions.push_back(plan->prompts.positions);
     engine.commit(*plan);
