@@ -28,7 +28,7 @@ struct Machine {
 
 // A machine, and what is learned of it.
 struct Learner {
-  StepCost cost;
+  StepCost cost{};
   Machine machine;
   std::mt19937_64 random{3};
 
@@ -66,6 +66,18 @@ TEST(StepCost, UntilItKnowsNothingIsHeldBack) {
   EXPECT_EQ(cost.positions_within(1, 0, 512), 512U);
   EXPECT_GE(cost.most_beside_decoding(), 512U);
   EXPECT_FALSE(cost.needs_decoding_alone());
+}
+
+// However noisy the steps of seven and eight are, from which nothing can be told of a single one's.
+TEST(StepCost, FewSequencesAreNeverThoughtToTakeLongerThanMany) {
+  Learner learner;
+  learner.machine.noise = 0.3;
+  for (int i = 0; i < 2000; ++i) {
+    learner.step(i % 3 == 0 ? 7 : 8);
+    ASSERT_LE(learner.cost.decode_ns(1), learner.cost.decode_ns(8)) << i;
+    ASSERT_GE(learner.cost.decode_ns(1), 0.0) << i;
+  }
+  EXPECT_NEAR(learner.cost.decode_ns(8) / learner.machine.alone(8), 1, 0.15);
 }
 
 TEST(StepCost, LearnsWhatStepsTake) {

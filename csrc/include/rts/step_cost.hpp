@@ -54,12 +54,12 @@ class StepCost {
 
   // Of a step without prompts.
   double decode_ns(std::uint32_t decoding) const noexcept {
-    return std::max(0.0, decoding_.at(of_decoding(decoding))) * kNsInMs;
+    return decoding_.at(of_decoding(decoding)) * kNsInMs;
   }
 
   // What prompts add to that.
   double prompts_ns(const PromptWork& prompts) const noexcept {
-    return std::max(0.0, prompts_.at(of_prompts(prompts))) * kNsInMs;
+    return prompts_.at(of_prompts(prompts)) * kNsInMs;
   }
 
   // Whether it is time for a step without prompts, or it would not be known any more what one takes.
@@ -70,7 +70,7 @@ class StepCost {
   // How many positions of a prompt, from `start` on, take so long; `most` while too little is known.
   std::uint32_t positions_within(double ns, std::uint32_t start, std::uint32_t most) const noexcept {
     const auto [position, pair] = prompts_.weights();
-    const double each_ms = position / kPositions, deeper_ms = std::max(0.0, pair / kPairs);
+    const double each_ms = position / kPositions, deeper_ms = pair / kPairs;
     const double first_ms = each_ms + deeper_ms * start, ms = std::max(0.0, ns / kNsInMs);
     if (!is_known() || first_ms <= 0) return most;
     // n · first + n² / 2 · deeper = ms
