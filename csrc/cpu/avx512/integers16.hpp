@@ -9,8 +9,9 @@
 
 namespace rts::cpu::avx512 {
 
-// Sixteen sums of products of integers in a register. The products are in assembly: where the intrinsics are called, GCC
-// 12 copies and spills a tile's sums, and 128 positions that attend to 2,000 take the default model 190 ms and not 130.
+// Sixteen sums of products of integers in a register. The products are in assembly: where the intrinsics are called,
+// GCC 12 copies and spills a tile's sums, and 128 positions that attend to 2,000 take the default model 190 ms and not
+// 130.
 class Integers16 {
  public:
   static constexpr std::size_t kRegisters = Vector16::kRegisters;
