@@ -53,14 +53,10 @@ class StepCost {
   }
 
   // Of a step without prompts.
-  double decode_ns(std::uint32_t decoding) const noexcept {
-    return decoding_.at(of_decoding(decoding)) * kNsInMs;
-  }
+  double decode_ns(std::uint32_t decoding) const noexcept { return decoding_.at(of_decoding(decoding)) * kNsInMs; }
 
   // What prompts add to that.
-  double prompts_ns(const PromptWork& prompts) const noexcept {
-    return prompts_.at(of_prompts(prompts)) * kNsInMs;
-  }
+  double prompts_ns(const PromptWork& prompts) const noexcept { return prompts_.at(of_prompts(prompts)) * kNsInMs; }
 
   // Whether it is time for a step without prompts, or it would not be known any more what one takes.
   bool needs_decoding_alone() const noexcept {
