@@ -209,7 +209,7 @@ class CpuWeights:
     @property
     def packed_bytes(self) -> int: ...
     def kv_block_bytes(self, kv_format: str) -> int:
-        """What a block of the KV cache takes in all layers: "int8" or "float16"."""
+        """What a block of the KV cache takes in all layers, where keys and values are kept as "int8" or "float16"."""
     def open_packed(self, path: os.PathLike[str], description: str) -> bool:
         """Uses the matrices as they lie packed in a file, if it was made for this description and is intact."""
     def create_packed(self, path: os.PathLike[str], description: str) -> None:

@@ -86,7 +86,7 @@ template <typename Layer>
 class Caches {
  public:
   Caches(const Kernels& kernels, const Context& context, std::size_t count)
-      : bytes_(context.blocks() * kBlockBytes), memory_(aligned<std::byte>(count * bytes_)) {
+      : bytes_(bytes_of(context)), memory_(aligned<std::byte>(count * bytes_)) {
     std::mt19937 random(2);
     std::normal_distribution<float> normal;
     std::vector<float> head(2 * kShape.head_dim);
@@ -108,7 +108,8 @@ class Caches {
       return {keys, keys + kNumbers, 2 * kNumbers};
     }
   }
-  std::size_t bytes() const { return bytes_; }
+  // Of one.
+  static std::size_t bytes_of(const Context& context) { return context.blocks() * kBlockBytes; }
 
   // The least that reading a cache can take.
   std::uint64_t read(std::size_t cache) const {
@@ -162,8 +163,7 @@ void measure(std::string_view format, std::string_view isa, Context& context, st
   bool has_read = false;
   for (const Kernels* const kernels : rts::cpu::available_kernels()) {
     if (!isa.empty() && kernels->name != isa) continue;
-    const std::size_t each = Caches<Layer>(*kernels, context, 1).bytes(),
-                      count = std::max<std::size_t>(1, bytes / each);
+    const std::size_t each = Caches<Layer>::bytes_of(context), count = std::max<std::size_t>(1, bytes / each);
     const Caches<Layer> caches(*kernels, context, count);
     if (!has_read) {
       std::uint64_t sum = 0;

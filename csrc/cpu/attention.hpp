@@ -30,9 +30,11 @@ using KvLayerFloat = KvLayerOf<float>;
 // The same in 8 bits: half the memory, and products of integers, which are exact. A block has a record for each KV
 // head, kv_record_bytes() long:
 //
-//   keys          [head_dim / 4][kBlockPositions][4] bytes, 128 more than the number, as products want one side
-//   unsigned values        [kBlockPositions / 2][head_dim][2] bytes key scales    [kBlockPositions] floats value scales
-//   [kBlockPositions] floats
+//   keys: [head_dim / 4][kBlockPositions][4] bytes, each kKeyBias more than the number
+//
+//   values: [kBlockPositions / 2][head_dim][2] bytes
+//
+//   scales of the keys, then of the values: [kBlockPositions] floats each
 //
 // A scale is a head's largest magnitude / 127, and NaN where the head is not finite. Keys are turned by a Hadamard
 // matrix before (as are queries, so that products stay as they are): some models have channels of keys that are ten
@@ -41,7 +43,7 @@ struct KvLayerInt8 {
   std::byte* records = nullptr;  // of the first block
   std::size_t block_stride = 0;  // bytes from a block's records to the next one's
 };
-inline constexpr std::int32_t kKeyBias = 128;
+inline constexpr std::int32_t kKeyBias = 128;  // products want one side unsigned
 static constexpr std::size_t kv_record_bytes(std::size_t head_dim) noexcept {
   return 2 * kBlockPositions * (head_dim + sizeof(float));
 }

@@ -19,11 +19,11 @@ struct AttentionLayout {
   std::size_t padded_dim;  // head_dim, up to a whole vector
 
   // Where the arrays begin, in floats.
-  std::size_t scores;   // [tile rows][kStride] of a segment's positions, then their weights
+  std::size_t scores;   // [tile rows][kStride] of a segment's positions, then their weights: floats, or 16 bits
   std::size_t parts;    // [tile rows][padded_dim] a segment's values, weighted
   std::size_t maxima;   // [tile rows] a segment's largest score
   std::size_t totals;   // [tile rows] the sum of its weights
-  std::size_t queries;  // [rows][kStride] times the scale
+  std::size_t queries;  // [rows][kStride] as the format wants them
   // Of all segments up to now, and a tile more that is read as part of a vector only:
   std::size_t sums;            // [rows][padded_dim]
   std::size_t running_maxima;  // [rows]

@@ -32,15 +32,15 @@ std::size_t whole_groups(std::size_t inputs) {
   return (inputs + kGroup - 1) / kGroup * kGroup;
 }
 
+std::size_t whole_vectors(std::size_t outputs) {
+  return (outputs + kLanes - 1) / kLanes * kLanes;
+}
+
 std::variant<KvCacheInt8, KvCache> make_kv_cache(const DecoderSpec& spec, const DecoderLimits& limits) {
   if (limits.kv_format == KvFormat::kFloat16) {
     return KvCache(spec.layers, spec.kv_heads, spec.head_dim, limits.num_blocks);
   }
   return KvCacheInt8(spec.layers, spec.kv_heads, spec.head_dim, limits.num_blocks);
-}
-
-std::size_t whole_vectors(std::size_t outputs) {
-  return (outputs + kLanes - 1) / kLanes * kLanes;
 }
 
 }  // namespace

@@ -12,8 +12,9 @@
 namespace rts::cpu {
 
 // Attention over KvLayerInt8. Scores are products of 8-bit integers, and values are weighted by 16-bit ones, whose unit
-// is the segment's largest value scale / 32767: 8 bits would lose the many small weights beside a large one. Both sums
-// are exact: 256 positions of 32767 × 127 fit into 31 bits. Integers::TileRows and kRegisters are as in FloatAttention.
+// is the largest value scale that the row sees of the segment / 32767: 8 bits would lose the many small weights beside
+// a large one. Both sums are exact: 256 positions of 32767 × 127 fit into 31 bits. Integers::TileRows and kRegisters
+// are as in FloatAttention.
 template <typename Vector, typename Integers>
 class Int8Attention : public SegmentedAttention<Int8Attention<Vector, Integers>, Vector> {
   using Base = SegmentedAttention<Int8Attention, Vector>;
@@ -151,8 +152,8 @@ class Int8Attention : public SegmentedAttention<Int8Attention<Vector, Integers>,
       largest = max(score, largest);
       largest_scale = max(seen_scales(block), largest_scale);
     }
-    const float maximum = max_of_lanes(largest), unit = max_of_lanes(largest_scale);
-    const Vector units = Vector::broadcast(kLargestWeight * inverse_or_zero(unit));
+    const float maximum = max_of_lanes(largest), unit = max_of_lanes(largest_scale) * (1.0F / kLargestWeight);
+    const Vector units = Vector::broadcast(inverse_or_zero(unit));
     const Vector zero;
     Vector total;
     for (std::size_t block = seen_blocks.begin; block < seen_blocks.end; ++block) {
@@ -163,7 +164,7 @@ class Int8Attention : public SegmentedAttention<Int8Attention<Vector, Integers>,
     }
     for (std::size_t block = blocks.begin; block < seen_blocks.begin; ++block) zero.store_nearest(weights_of(block));
     for (std::size_t block = seen_blocks.end; block < blocks.end; ++block) zero.store_nearest(weights_of(block));
-    units_[row] = unit * (1.0F / kLargestWeight);
+    units_[row] = unit;
     scratch(layout_.maxima)[row] = maximum;
     scratch(layout_.totals)[row] = sum_of_lanes(total);
   }

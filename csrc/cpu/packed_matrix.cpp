@@ -175,7 +175,8 @@ std::uint16_t quantize_group(const std::array<float, kGroup>& from, float multip
 }
 
 // Quantizes a group to 4 bits: the range of its values first, then by turns the scale and minimum that fit the integers
-// best, and the integers that fit those best. Each turn lowers the squared error, and few are left after three.
+// best, and the integers that fit those best. Each turn lowers the squared error,
+// but for the rounding of scale and minimum to half precision that follows; three leave little to be gained.
 FourBitGroup quantize_to_four_bits(std::span<const float> values) {
   constexpr int kTurns = 3;
   constexpr float kLargest = 15.0F;
@@ -189,10 +190,11 @@ FourBitGroup quantize_to_four_bits(std::span<const float> values) {
     for (std::size_t i = 0; i < values.size(); ++i) {
       const std::int32_t q = nearest(std::clamp((values[i] - group.minimum) * inverse, 0.0F, kLargest));
       group.quants[i] = static_cast<std::uint8_t>(q);
-      q_sum += q;
-      qq_sum += q * q;
-      x_sum += double{values[i]};
-      qx_sum += q * double{values[i]};
+      const double quant = q, value = values[i];
+      q_sum += quant;
+      qq_sum += quant * quant;
+      x_sum += value;
+      qx_sum += quant * value;
     }
     const double spread = count * qq_sum - q_sum * q_sum;
     if (turn == kTurns || spread <= 0) return group;

@@ -78,12 +78,13 @@ def load_language_model(model: ModelConfig, limits: EngineLimits, path: Path) ->
         why = f"the native one does not support {lacks}"
         if engine == "native":
             raise UnsupportedModelError(f"model {model.name!r}: the native engine does not support {lacks}")
-        log.info("model %s runs on the torch engine: %s", model.name, why)
     if kv_format != "auto":
         raise UnsupportedModelError(
             f"model {model.name!r}: kv_cache_dtype={kv_format!r} is not supported by the torch engine, which keeps keys"
-            " and values in dtype; leave it out"
+            f" and values in dtype ({why}); leave it out"
         )
+    if engine != "torch":
+        log.info("model %s runs on the torch engine: %s", model.name, why)
     return _load_torch(model, limits, path, memory, why)
 
 

@@ -58,12 +58,10 @@ class FloatFormat {
     return numbers;
   }
   static std::vector<float> kept_key(std::span<const float> head) { return kept(head); }
-  static std::vector<float> kept_query(std::span<const float> head) { return kept_exactly(head); }
+  static std::vector<float> kept_query(std::span<const float> head) { return {head.begin(), head.end()}; }
   static std::vector<float> kept_value(std::span<const float> head) { return kept(head); }
 
  private:
-  static std::vector<float> kept_exactly(std::span<const float> head) { return {head.begin(), head.end()}; }
-
   std::size_t block_numbers_;
   std::vector<Number> keys_, values_;
 };
@@ -72,7 +70,7 @@ using SingleFormat = FloatFormat<float>;
 
 class Int8Format {
  public:
-  // 256 weights are rounded to 1/32767 of the largest value, which is 3.
+  // A segment's 256 weights are rounded to 1/32767 of the largest value, of numbers that are 4 at most.
   static constexpr double kTolerance = 6e-4;
 
   Int8Format(const AttentionShape& shape, std::size_t blocks, float unwritten)
@@ -290,12 +288,10 @@ const std::vector<AttentionShape>& shapes() {
   static const std::vector<AttentionShape> shapes{
       shape_of(9, 3, 64),     shape_of(4, 1, 256, 100), shape_of(12, 12, 64), shape_of(8, 2, 80),
       shape_of(32, 8, 128),   shape_of(14, 2, 64),      shape_of(5, 1, 72),   shape_of(2, 2, 8),
-      shape_of(6, 2, 96, 13), shape_of(9, 3, 64, 300),  shape_of(3, 1, 256),
+      shape_of(6, 2, 96, 13), shape_of(9, 3, 64, 300),  shape_of(3, 1, 256),  shape_of(4, 2, 200),
   };
   return shapes;
 }
-
-using Numbers = testing::Types<std::uint16_t, float>;
 
 template <typename Format>
 class AttentionTest : public testing::Test {};
@@ -433,6 +429,7 @@ TEST(AttentionNumbersTest, TheCachesNumbersAreTheOnlyDifference) {
 
 template <typename Number>
 class FloatStoreTest : public testing::Test {};
+using Numbers = testing::Types<std::uint16_t, float>;
 TYPED_TEST_SUITE(FloatStoreTest, Numbers);
 
 TYPED_TEST(FloatStoreTest, APositionIsStoredInItsPlacesOnly) {
@@ -469,7 +466,7 @@ TYPED_TEST(FloatStoreTest, APositionIsStoredInItsPlacesOnly) {
 
 TEST(Int8StoreTest, APositionIsStoredInItsPlacesOnly) {
   for (const Kernels* const kernels : available_kernels()) {
-    for (const std::size_t head_dim : {8, 16, 64, 72, 96, 256}) {
+    for (const std::size_t head_dim : {8, 16, 64, 72, 96, 200, 256}) {
       const AttentionShape shape = shape_of(4, 2, head_dim);
       constexpr std::size_t kBlocks = 3, kOffset = 5;
       const std::size_t record = kv_record_bytes(head_dim), columns = shape.kv_heads * head_dim;
@@ -518,7 +515,29 @@ TEST(Int8AttentionTest, AnOutlyingChannelOfKeysDoesNotDrownTheOthers) {
   }
 }
 
-// A thousand small weights beside a large one, whose value is small: in 8 bits they would all be 0.
+// One number of a head is enough, the last one too; heads that do not share it are as they were.
+TEST(Int8AttentionTest, ANumberThatIsNotFiniteMakesItsHeadNan) {
+  for (const AttentionShape& shape : {shape_of(9, 3, 64), shape_of(4, 2, 72), shape_of(4, 2, 200)}) {
+    const Sequence sequence(shape, 40, 12);
+    const std::size_t group = shape.heads / shape.kv_heads * shape.head_dim;
+    for (const Kernels* const kernels : available_kernels()) {
+      const std::vector<float> expected = Cache<Int8Format>(*kernels, sequence, kNan, 12).attend_to(39, 1);
+      for (std::vector<float> Sequence::* const part : {&Sequence::keys, &Sequence::values}) {
+        for (const float number : {kNan, kInfinity, -kInfinity}) {
+          Sequence wrong = sequence;
+          (wrong.*part)[30 * wrong.kv_columns() - 1] = number;
+          const std::vector<float> found = Cache<Int8Format>(*kernels, wrong, kNan, 12).attend_to(39, 1);
+          const auto own = static_cast<std::ptrdiff_t>(found.size() - group);
+          EXPECT_TRUE(is_all_nan({found.begin() + own, found.end()}))
+              << kernels->name << " " << testing::PrintToString(shape) << " " << number;
+          EXPECT_TRUE(same_bits({found.begin(), found.begin() + own}, {expected.begin(), expected.begin() + own}));
+        }
+      }
+    }
+  }
+}
+
+// 255 small weights beside a large one, whose value is small: in 8 bits they would all be 0.
 TEST(Int8AttentionTest, ManySmallWeightsCountBesideALargeOne) {
   Sequence sequence(shape_of(1, 1, 64), 256, 11);
   std::ranges::fill(sequence.queries, 1.0F);

@@ -87,7 +87,7 @@ class TinyModel {
 // Runs texts through a decoder of so many threads, each sequence in blocks of its own.
 class Reading {
  public:
-  Reading(const TinyModel& model, std::size_t threads, std::size_t sequences)
+  Reading(const TinyModel& model, std::size_t threads, std::size_t sequences, KvFormat kv_format = KvFormat::kInt8)
       : spec_(model.spec), threads_(threads), weights_(spec_, model.tensors()), packed_(weights_.packed_bytes()) {
     weights_.pack(packed_.bytes(), threads_);
     weights_.bind(packed_.bytes());
@@ -95,7 +95,8 @@ class Reading {
                      DecoderLimits{.max_tokens = sequences * kContext,
                                    .max_samples = sequences,
                                    .max_context = kContext,
-                                   .num_blocks = sequences * kRowBlocks});
+                                   .num_blocks = sequences * kRowBlocks,
+                                   .kv_format = kv_format});
     table_.resize(sequences * kRowBlocks);
     // Nobody's blocks are neighbours.
     for (std::size_t i = 0; i < table_.size(); ++i) {
@@ -170,17 +171,20 @@ bool same(const std::vector<float>& a, const std::vector<float>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
 }
 
+class EachKvFormat : public ::testing::TestWithParam<KvFormat> {};
+INSTANTIATE_TEST_SUITE_P(All, EachKvFormat, ::testing::Values(KvFormat::kInt8, KvFormat::kFloat16));
+
 // What follows a text is the same to the bit by any number of threads, in whatever chunks it was read and whatever was
 // beside it.
-TEST(Decoder, IsTheSameHoweverATextIsRead) {
+TEST_P(EachKvFormat, IsTheSameHoweverATextIsRead) {
   const TinyModel model;
   const std::vector<std::int32_t> tokens = text(kContext - 1, 1);
-  const std::vector<float> expected = Reading(model, 1, 1).step({{0, tokens}}).front();
+  const std::vector<float> expected = Reading(model, 1, 1, GetParam()).step({{0, tokens}}).front();
   for (const float logit : expected) ASSERT_TRUE(std::isfinite(logit));
 
   for (const std::size_t threads : {1, 2, 3}) {
     for (const std::size_t size : {1, 2, 3, 7, 20}) {
-      Reading reading(model, threads, 1);
+      Reading reading(model, threads, 1, GetParam());
       std::vector<float> last;
       for (std::size_t at = 0; at < tokens.size(); at += size) {
         last = reading.step({{0, part(tokens, at, std::min(tokens.size(), at + size))}}).front();
@@ -189,7 +193,7 @@ TEST(Decoder, IsTheSameHoweverATextIsRead) {
     }
 
     constexpr std::size_t kOthers = 5;
-    Reading reading(model, threads, kOthers + 1);
+    Reading reading(model, threads, kOthers + 1, GetParam());
     std::vector<float> last;
     for (std::size_t at = 0; at < tokens.size(); at += 9) {
       std::vector<Reading::Chunk> chunks = {{2, part(tokens, at, std::min(tokens.size(), at + 9))}};

@@ -75,17 +75,18 @@ Reference reference_of(const PackedWeights& weights, const Activations& activati
 
 struct Shape {
   GgufTypeId type;
-  std::size_t inputs, outputs, rows;
+  std::size_t inputs, outputs, rows, value_bits = 8;
 };
 constexpr Shape kShapes[] = {
     {GgufTypeId::kQ4_1, 576, 960, 5},  {GgufTypeId::kQ4_1, 1536, 576, 13}, {GgufTypeId::kQ8_0, 576, 49152, 1},
     {GgufTypeId::kQ4_0, 576, 576, 64}, {GgufTypeId::kF16, 40, 7, 3},       {GgufTypeId::kF32, 1, 1, 1},
     {GgufTypeId::kQ4_1, 32, 33, 100},  {GgufTypeId::kQ4_K, 2048, 70, 7},   {GgufTypeId::kBF16, 31, 95, 50},
+    {GgufTypeId::kF16, 40, 7, 3, 4},   {GgufTypeId::kF32, 576, 96, 20, 4},
 };
 
 TEST_P(EachKernels, MultipliesAsTheNumbersSay) {
   for (const Shape& shape : kShapes) {
-    PackedWeights weights(random_matrix(shape.type, shape.outputs, shape.inputs));
+    PackedWeights weights(random_matrix(shape.type, shape.outputs, shape.inputs), shape.value_bits);
     weights.bias = random_rows(1, shape.outputs, 3);
     Activations activations(shape.rows, shape.inputs);
     activations.quantize(kernels(), random_rows(shape.rows, shape.inputs), shape.inputs);
@@ -180,7 +181,7 @@ TEST_P(EachKernels, PanelsMayBeSplitAnyhow) {
 
 TEST_P(EachKernels, AgreesWithThePortableOnes) {
   for (const Shape& shape : kShapes) {
-    const PackedWeights weights(random_matrix(shape.type, shape.outputs, shape.inputs));
+    const PackedWeights weights(random_matrix(shape.type, shape.outputs, shape.inputs), shape.value_bits);
     const PackedMatrix matrix = weights.packed();
     Activations activations(shape.rows, shape.inputs);
     activations.quantize(kernels(), random_rows(shape.rows, shape.inputs), shape.inputs);

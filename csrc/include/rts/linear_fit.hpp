@@ -10,7 +10,7 @@ namespace rts {
 
 // y as a weighted sum of two numbers, learned from what was seen, the latest most: recursive least squares with
 // exponential forgetting (Haykin, "Adaptive Filter Theory", ch. 10). Neither weight is negative: where noise would make
-// one so, it is 0, and the other is what y was over its number. Numbers are at least 0, and are to be scaled so that
+// one so, it is 0, and the other what is then the likeliest. Numbers are to be scaled so that
 // each accounts for about as much of y, of which a fifth is taken for noise: what little tells of a weight changes it
 // little, and what was learned of one that nothing tells of is kept, for its uncertainty is bounded.
 class LinearFit {
@@ -23,12 +23,6 @@ class LinearFit {
     const double scale = 1.0 / (1.0 + dot(x, px)), error = y - at(x);
     const Vector gain = {scale * px[0], scale * px[1]};
     for (std::size_t i = 0; i < 2; ++i) weights_[i] += gain[i] * error;
-    const double fitted = std::max(0.0, at(x));
-    for (std::size_t i = 0; i < 2; ++i) {
-      if (weights_[i] >= 0) continue;
-      weights_[i] = 0;
-      weights_[1 - i] = x[1 - i] > 0 ? fitted / x[1 - i] : std::max(0.0, weights_[1 - i]);
-    }
     // In Joseph's form, (1 - gain xᵀ) P (1 - gain xᵀ)ᵀ + gain gainᵀ: rounding cannot make it indefinite.
     const Matrix keeps = {{{1 - gain[0] * x[0], -gain[0] * x[1]}, {-gain[1] * x[0], 1 - gain[1] * x[1]}}};
     const Matrix before = covariance_;
@@ -36,6 +30,12 @@ class LinearFit {
       const Vector row = {keeps[i][0] * before[0][0] + keeps[i][1] * before[1][0],
                           keeps[i][0] * before[0][1] + keeps[i][1] * before[1][1]};
       for (std::size_t j = 0; j < 2; ++j) covariance_[i][j] = dot(row, keeps[j]) + gain[i] * gain[j];
+    }
+    for (std::size_t i = 0; i < 2; ++i) {
+      if (weights_[i] >= 0) continue;
+      const double along = covariance_[1 - i][i] / covariance_[i][i];
+      weights_[1 - i] = std::max(0.0, weights_[1 - i] - along * weights_[i]);
+      weights_[i] = 0;
     }
     forget();
   }

@@ -100,9 +100,9 @@ class Scheduler {
   // What prompts may take of a step, as a multiple of what its streams take: a prompt counts for two streams, within
   // bounds. The least bounds the pace of all streams where one long prompt is read; where many wait for few, they are
   // not held up for these: of 32 that came at once, half had to wait 1.9 s for their first token. A prompt of 2,000
-  // every 5 s beside 8 streams, and these streams' own prompts, need 0.7: with 0.3 prompts pile up (7 s to the first
-  // token, 1.5 alone), and where a prompt counts for less with each that there is. With 0.9, and four streams a prompt,
-  // the 99th percentile of the gaps is 31 to 40 ms and not 23 to 28.
+  // every 5 s beside 8 streams, and these streams' own prompts, need 0.6: with 0.3 prompts pile up (7 s to the first
+  // token, 1.5 alone). With 0.9, and four streams a prompt, the 99th percentile of the gaps is 31 to 40 ms and not 23
+  // to 28.
   static constexpr double kPromptShare = 2.0, kLeastPromptShare = 0.7, kMostPromptShare = 4.0;
   // What prompts may take of a step in which nobody decodes: who comes meanwhile waits for its end.
   static constexpr double kMostAloneNs = 200e6;

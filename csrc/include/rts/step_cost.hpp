@@ -68,7 +68,8 @@ class StepCost {
     const auto [position, pair] = prompts_.weights();
     const double each_ms = position / kPositions, deeper_ms = pair / kPairs;
     const double first_ms = each_ms + deeper_ms * start, ms = std::max(0.0, ns / kNsInMs);
-    if (!is_known() || first_ms <= 0) return most;
+    if (!is_known() || first_ms + deeper_ms <= 0) return most;
+    if (ms <= 0) return 0;
     // n · first + n² / 2 · deeper = ms
     const double root = std::sqrt(first_ms * first_ms + 2 * deeper_ms * ms);
     return static_cast<std::uint32_t>(std::min(2 * ms / (first_ms + root), static_cast<double>(most)));

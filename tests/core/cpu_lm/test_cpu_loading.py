@@ -145,12 +145,14 @@ def test_integers_are_refused(folder: Path) -> None:
     assert "'model.layers.0.mlp.up_proj.weight' is stored as I8" in refusal(folder)
 
 
+@pytest.mark.parametrize("value_bits", [8, 4])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_weights_that_are_not_finite_are_refused(folder: Path, value: float) -> None:
+def test_weights_that_are_not_finite_are_refused(folder: Path, value: float, value_bits: int) -> None:
     weight = torch.ones((96, 64))
     weight[95, 63] = value
     change_tensors(folder, model__layers__0__mlp__up_proj__weight=weight)
-    assert refusal(folder) == f"{folder}: tensor 'model.layers.0.mlp.up_proj.weight' has values that are not finite"
+    message = refusal(folder, value_bits=value_bits)
+    assert message == f"{folder}: tensor 'model.layers.0.mlp.up_proj.weight' has values that are not finite"
     assert not list(folder.glob("*.rts-packed*"))
 
 
