@@ -136,7 +136,7 @@ TEST(StepCost, ALongPromptDoesNotSlowStreamsDownMoreAndMore) {
       if (prompt > 1) {
         const PromptWork work(start, positions);
         const double taken = learner.machine.position_ns * work.positions + 450.0 * static_cast<double>(work.pairs);
-        ASSERT_LT(taken, 2 * alone) << "from " << start;  // of 200 seeds the largest is 1.8
+        ASSERT_LT(taken, 1.4 * alone) << "from " << start;
         all += taken;
         ++chunks;
       }
